@@ -1,0 +1,749 @@
+"""Is this a valid ROOT file, and what is in it?
+
+A ROOT file is a header and a chain of records. Each record is a key (lengths, position, class, name, title) and a payload;
+a directory is a record whose payload points at a key list, a record that repeats the keys of the directory's objects.
+`check_root_file` follows the directories, walks the chain once from end to end, compares what the format stores twice and
+inflates every payload within the size it claims, keeping nothing and building no object. Only a file that passes is opened
+with uproot, a second and independent reader, which must find the same top-level objects.
+
+The format: https://root.cern/doc/master/md_io_doc_TFile_classTFile.html, TFile.cxx, TKey.cxx, TDirectoryFile.cxx, TFree.cxx
+and RZip.cxx of ROOT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import lzma
+import os
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import cramjam
+import deflate
+import uproot
+import uproot.source.chunk
+import xxhash
+
+# Limits on what a file may ask of us; no honest file comes near them.
+MAX_KEYS = 200_000
+MAX_DIRECTORIES = 20_000
+MAX_DEPTH = 100
+MAX_RECORDS = 5_000_000
+MAX_OBJECT_SIZE = 1 << 30  # bytes, inflated
+MAX_INFLATED = 2 << 30  # bytes, of the whole file; or MAX_INFLATION times its size, if that is more
+MAX_INFLATION = 32
+MAX_INFLATED_XZ = 512 << 20  # bytes; like MAX_INFLATED, for XZ alone, which inflates four times slower than the rest
+MAX_XZ_MEMORY = 256 << 20  # bytes
+MAX_SECONDS = 30.0
+
+_WINDOW = 1 << 20  # bytes read at once
+_NAME_BYTES = 1 << 16  # bytes of an object searched for its name
+
+
+_Bytes = TypeVar("_Bytes", bytes, bytearray)
+
+
+class InvalidRootFile(Exception):
+    """The file is not a valid ROOT file; the text says why."""
+
+
+class RootObject(NamedTuple):
+    """An object at the top level of a ROOT file: the name it gives itself and its stored class."""
+
+    name: str
+    class_name: str
+
+    @property
+    def description(self) -> str:
+        """What ROOT says of the object: `GetName()` and `IsA()->GetName()`."""
+        # ROOT has stored TDirectoryFile under its old name, TDirectory, since the class was split in ROOT 5.
+        class_name = "TDirectoryFile" if self.class_name == "TDirectory" else self.class_name
+        return f"Obj name: {self.name}, Obj IsA() Name: {class_name}"
+
+
+def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
+    """Return the objects at the top level of a valid ROOT file by the names of their keys, the newest cycle of each.
+
+    Raises InvalidRootFile, whatever the content; OSError where the file cannot be read at all.
+    """
+    with contextlib.closing(_File(path)) as file:
+        header = _read_header(file)
+        tree = _read_directories(file, header)
+        names = _walk_records(file, header, tree)
+        newest = tree.newest()
+        _compare_with_uproot(file, tree.top)
+    objects = {}
+    for key in newest:
+        key_name, class_name = _text(key.name), _text(key.class_name)
+        objects[key_name] = RootObject(names.get(key.position, key_name), class_name)
+    return objects
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _File:
+    """An open file, read through a window that moves forward over it.
+
+    `pread` and not a memory map: a mapped file that shrinks kills the process, and its pages count as our memory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.deadline = time.monotonic() + MAX_SECONDS
+        self._fd = os.open(self.path, os.O_RDONLY)
+        self.size = os.fstat(self._fd).st_size
+        self.inflated_left = max(MAX_INFLATED, MAX_INFLATION * self.size)
+        self.xz_left = max(MAX_INFLATED_XZ, MAX_INFLATION * self.size)
+        self._window = b""
+        self._start = 0
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def pread(self, start: int, length: int) -> bytes:
+        """Return bytes of the file, as many as there are."""
+        return os.pread(self._fd, length, start)
+
+    def load(self, start: int, length: int) -> tuple[bytes, int]:
+        """Return bytes of the file and where among them byte `start` is; at least `length` bytes follow it."""
+        at = start - self._start
+        if at < 0 or at + length > len(self._window):
+            self._window = b""  # let go of the old bytes before the new ones take their room
+            self._window = self.pread(start, max(length, _WINDOW))
+            self._start, at = start, 0
+            if len(self._window) < length:
+                raise InvalidRootFile(f"the file ends at byte {self.size}, {length} bytes were to be at byte {start}")
+        return self._window, at
+
+    def check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise InvalidRootFile(f"checking the file takes longer than {MAX_SECONDS:g} s")
+
+
+def _read_int(file: _File, start: int) -> int:
+    data, at = file.load(start, 4)
+    return int.from_bytes(data[at : at + 4], "big", signed=True)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+# --- the header --------------------------------------------------------------------------------------------------------
+
+
+class _Header(NamedTuple):
+    """What the first bytes of the file say: where the records begin and end and where three of them are."""
+
+    begin: int
+    end: int
+    free_list: int
+    free_list_size: int
+    free_segments: int
+    name_size: int  # fNbytesName: from `begin` to the root directory's own fields
+    streamer_info: int
+    streamer_info_size: int
+
+
+_HEADER = struct.Struct(">4siiiiiiiBiii")  # 4-byte positions, in files below 2 GB
+_HEADER_64 = struct.Struct(">4siiqqiiiBiqi")  # from fVersion 1,000,000 on
+
+
+def _read_header(file: _File) -> _Header:
+    if not file.size:
+        raise InvalidRootFile("the file is empty")
+    data, _ = file.load(0, min(_HEADER_64.size, file.size))
+    if not data.startswith(b"root"):
+        raise InvalidRootFile(f"not a ROOT file: it begins with {data[:4]!r}, not b'root'")
+    if file.size < _HEADER_64.size:
+        raise InvalidRootFile(f"the file ends at byte {file.size}, within its header")
+    version = int.from_bytes(data[4:8], "big", signed=True)
+    if not 0 < version < 2_000_000:
+        raise InvalidRootFile(f"not a ROOT file: version {version}")
+    is_64bit = version >= 1_000_000
+    fields = (_HEADER_64 if is_64bit else _HEADER).unpack_from(data)
+    _, _, begin, end, free_list, free_list_size, free_segments, name_size, units, _, info, info_size = fields
+    if not 41 <= begin < end:
+        raise InvalidRootFile(f"header: the records are said to reach from byte {begin} to byte {end}")
+    if end > file.size:
+        raise InvalidRootFile(f"the file is cut short: it has {file.size} bytes of the {end} its header names")
+    if units not in (4, 8):  # uproot 3 wrote 4 into files with 8-byte positions
+        raise InvalidRootFile(f"header: positions of {units} bytes, not of 4 or 8")
+    return _Header(begin, end, free_list, free_list_size, free_segments, name_size, info, info_size)
+
+
+# --- keys --------------------------------------------------------------------------------------------------------------
+
+
+class _Key(NamedTuple):
+    """The head of a record, or its copy in a directory's key list."""
+
+    size: int  # fNbytes: of the record
+    object_size: int  # fObjlen: of the payload, inflated
+    key_size: int  # fKeylen: of the key itself; the payload follows
+    cycle: int
+    position: int  # fSeekKey: of the record
+    class_name: bytes
+    name: bytes
+    directory: int  # fSeekPdir: position of the directory's record
+
+    def __str__(self) -> str:
+        return f"record at byte {self.position} ({_text(self.class_name[:80])} {_text(self.name[:80])})"
+
+
+_KEY = struct.Struct(">ihiIhhii")  # fNbytes, fVersion, fObjlen, fDatime, fKeylen, fCycle, fSeekKey, fSeekPdir
+_KEY_64 = struct.Struct(">ihiIhhqq")  # where fVersion is above 1000
+_KEY_SIZES = struct.Struct(">ihiIh")  # what both have in common
+_PROCESS_ID_BITS = (1 << 48) - 1  # the 16 bits above these in a 64-bit fSeekPdir are TKey's fPidOffset
+_SHORTEST_KEY = _KEY.size + 3  # three empty strings
+_LONGEST_KEY = (1 << 15) + 4  # fKeylen has 15 bits; 4 more where TDirectory is listed as TDirectoryFile
+
+
+def _read_key(file: _File, start: int, end: int, what: object) -> tuple[_Key, bytes]:
+    """Return the key at byte `start`, which must end before byte `end`, and its bytes; errors say `what` has the key."""
+    left = min(_LONGEST_KEY, end - start)
+    if left < _SHORTEST_KEY:
+        raise InvalidRootFile(f"{what}: {left} bytes at byte {start} are too few for a key")
+    data, at = file.load(start, left)
+    try:
+        key, length = _parse_key(data, at, at + left)
+    except InvalidRootFile as error:
+        raise InvalidRootFile(f"{what}: the key at byte {start} {error}") from None
+    return key, data[at : at + length]
+
+
+def _parse_key(data: bytes, at: int, end: int) -> tuple[_Key, int]:
+    """Return the key in `data[at:end]` and its length."""
+    size, version, object_size, _, key_size, cycle, position, directory = _KEY.unpack_from(data, at)
+    to = at + _KEY.size
+    if version > 1000 and end - at >= _KEY_64.size:
+        size, version, object_size, _, key_size, cycle, position, directory = _KEY_64.unpack_from(data, at)
+        directory &= _PROCESS_ID_BITS
+        to = at + _KEY_64.size
+    if not (to + 3 - at <= key_size <= size and object_size >= 0):
+        raise InvalidRootFile(f"has impossible lengths (record {size}, key {key_size}, object {object_size})")
+    class_name, to = _read_string(data, to)
+    name, to = _read_string(data, to)
+    length = _read_string(data, to)[1] - at
+    if length != key_size:
+        # TBasket adds fields of its own to the key. Where ROOT 5 and 6 store a TDirectoryFile as TDirectory, the key
+        # list has the long name behind the length of a key with the short one.
+        if class_name == b"TBasket" and length < key_size:
+            length = key_size
+        elif class_name != b"TDirectoryFile" or length != key_size + 4:
+            raise InvalidRootFile(f"has {key_size} bytes, but its class, name and title make it {length}")
+    if length > end - at:
+        raise InvalidRootFile(f"has {length} bytes where only {end - at} are left")
+    return _Key(size, object_size, key_size, cycle, position, class_name, name, directory), length
+
+
+def _read_string(data: _Bytes, at: int) -> tuple[_Bytes, int]:
+    """Read a TString, a length of one byte (or of four behind a 255) and the text; the end may lie past the data."""
+    start = at + 1
+    length = data[at] if start <= len(data) else 0
+    if length == 255:
+        start = at + 5
+        length = int.from_bytes(data[at + 1 : start], "big")
+    end = start + length
+    return data[start:end], end
+
+
+# --- directories -------------------------------------------------------------------------------------------------------
+
+
+class _Tree(NamedTuple):
+    """What the header and the directories refer to."""
+
+    heads: dict[int, bytes]  # by position: the key of the record that must begin there
+    top: list[_Key]  # the keys of the root directory
+    uncounted: dict[int, bytes]  # like `heads`, the first key behind the counted ones of a directory
+
+    def refer(self, position: int, head: bytes, what: object) -> None:
+        """Note that a record with this key must begin at `position`; nothing else may refer to it."""
+        if position in self.heads:
+            raise InvalidRootFile(f"{what}: the record at byte {position} has a place elsewhere, too")
+        self.heads[position] = head
+
+    def newest(self) -> list[_Key]:
+        """The keys of the root directory without older cycles, in the order of the directory."""
+        newest: dict[bytes, _Key] = {}
+        for key in self.top:
+            if key.name not in newest or newest[key.name].cycle < key.cycle:
+                newest[key.name] = key
+        return list(newest.values())
+
+
+_DIRECTORY = struct.Struct(">hIIiiiii")  # fVersion, two dates, fNbytesKeys, fNbytesName, fSeekDir, -Parent, -Keys
+_DIRECTORY_64 = struct.Struct(">hIIiiqqq")  # where fVersion is above 1000
+_DIRECTORY_CLASSES = (b"TDirectory", b"TDirectoryFile")
+
+
+class _Directory(NamedTuple):
+    position: int  # of its record
+    start: int  # of its own fields
+    end: int  # of its record
+    depth: int
+
+    def __str__(self) -> str:
+        return f"directory at byte {self.position}" if self.depth else "root directory"
+
+
+def _read_directories(file: _File, header: _Header) -> _Tree:
+    tree = _Tree({}, [], {})
+    root, head = _read_key(file, header.begin, header.end, "root directory")
+    tree.refer(header.begin, head, "root directory")
+    # A stack and not recursion: the depth is the file's to choose.
+    pending = [_Directory(header.begin, header.begin + header.name_size, header.begin + root.size, 0)]
+    positions = {0, header.begin}
+    while pending:
+        directory = pending.pop()
+        key_list, key_list_size = _read_directory(file, header, directory, positions)
+        for key in _list_keys(file, header, directory, key_list, key_list_size, tree) if key_list else ():
+            start, end = key.position + key.key_size, key.position + key.size
+            pending.append(_Directory(key.position, start, end, directory.depth + 1))
+            positions.add(key.position)
+        if len(positions) > MAX_DIRECTORIES or directory.depth > MAX_DEPTH:
+            raise InvalidRootFile(f"more than {MAX_DIRECTORIES} directories, or nested more than {MAX_DEPTH} deep")
+        file.check_time()
+    if not tree.top:
+        raise InvalidRootFile("the file holds no objects")
+    return tree
+
+
+def _read_directory(file: _File, header: _Header, directory: _Directory, positions: set[int]) -> tuple[int, int]:
+    """Check a directory's own fields; return position and size of its key list."""
+    size = directory.end - directory.start
+    if size < _DIRECTORY.size or directory.end > header.end:
+        raise InvalidRootFile(f"{directory}: {size} bytes at byte {directory.start} cannot be a directory")
+    data, at = file.load(directory.start, min(size, _DIRECTORY_64.size))
+    version, _, _, key_list_size, name_size, own, parent, key_list = _DIRECTORY.unpack_from(data, at)
+    if version > 1000:
+        if size < _DIRECTORY_64.size:
+            raise InvalidRootFile(f"{directory}: {size} bytes are too few for a directory of version {version}")
+        version, _, _, key_list_size, name_size, own, parent, key_list = _DIRECTORY_64.unpack_from(data, at)
+    # ROOT 6.08 calls the root directory the parent of a directory in another one.
+    if own != directory.position or parent not in positions:
+        raise InvalidRootFile(f"{directory}: says that it is at byte {own}, in the directory at byte {parent}")
+    if name_size != directory.start - directory.position:
+        raise InvalidRootFile(f"{directory}: begins with a name of {name_size} bytes, its record says otherwise")
+    if key_list == 0 and key_list_size == 0:
+        if not directory.depth:
+            raise InvalidRootFile("no list of keys: the file was never closed by its writer")
+    elif not header.begin < key_list < key_list + key_list_size <= header.end:
+        raise InvalidRootFile(f"{directory}: key list of {key_list_size} bytes at byte {key_list}, outside the file")
+    return key_list, key_list_size
+
+
+def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, size: int, tree: _Tree) -> list[_Key]:
+    """Note in the tree what a directory's key list refers to; return the keys of directories among it."""
+    own, head = _read_key(file, start, start + size, directory)
+    tree.refer(start, head, directory)
+    if own.size != size:
+        raise InvalidRootFile(f"{directory}: key list at byte {start} has {own.size} bytes and not {size}")
+    at, end = start + own.key_size, start + size
+    room = (end - at - 4) // _SHORTEST_KEY
+    count = _read_int(file, at) if room >= 0 else -1
+    if not 0 <= count <= room:
+        raise InvalidRootFile(f"{directory}: {count} keys in a key list of {size} bytes at byte {start}")
+    if len(tree.heads) + count > MAX_KEYS + MAX_DIRECTORIES:
+        raise InvalidRootFile(f"more than {MAX_KEYS} keys")
+    at += 4
+    directories = []
+    for _ in range(count):
+        key, head = _read_key(file, at, end, directory)
+        at += len(head)
+        if not header.begin < key.position <= header.end - key.size:
+            raise InvalidRootFile(f"{directory}: its {key} has {key.size} bytes, outside the file")
+        if key.directory != directory.position:
+            raise InvalidRootFile(f"{directory}: its {key} says it is in the directory at byte {key.directory}")
+        tree.refer(key.position, head, directory)
+        if not directory.depth:
+            tree.top.append(key)
+        if key.class_name in _DIRECTORY_CLASSES:
+            directories.append(key)
+    # Beyond 2 GB ROOT leaves 8 bytes behind the keys; uproot leaves room for more, with whatever was in it. What must not
+    # be there is one more key of a record that exists: then the number of keys is wrong.
+    if end - at >= _SHORTEST_KEY:
+        try:
+            key, head = _read_key(file, at, end, directory)
+            tree.uncounted.setdefault(key.position, head)
+        except InvalidRootFile:
+            pass
+    return directories
+
+
+# --- the chain of records ----------------------------------------------------------------------------------------------
+
+_FREE = struct.Struct(">hii")  # fVersion, fFirst, fLast
+_FREE_64 = struct.Struct(">hqq")  # where fVersion is above 1000
+
+
+def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
+    """Check every record from the first byte to the last; return the names of top-level objects by position."""
+    holes = _read_free_list(file, header, tree)
+    if header.streamer_info:
+        _refer_to(file, header, tree, "streamer info", header.streamer_info, header.streamer_info_size)
+    wanted = {key.position: key for key in tree.newest()}
+    names: dict[int, str] = {}
+    heads = tree.heads
+    position, records = header.begin, 0
+    while position < header.end:
+        records += 1
+        if records > MAX_RECORDS:
+            raise InvalidRootFile(f"more than {MAX_RECORDS} records")
+        if records % 256 == 0:
+            file.check_time()
+        if position in holes:
+            position = holes.pop(position)
+            continue
+        listed = heads.pop(position, None)
+        if listed is not None:
+            data, at = file.load(position, min(len(listed), header.end - position))
+        if listed is None or not data.startswith(listed, at):
+            after = _read_unlike(file, header, tree, position, listed)
+            if after != position:
+                position = after
+                continue
+            data, at = file.load(position, _KEY_SIZES.size)
+        size, _, object_size, _, key_size = _KEY_SIZES.unpack_from(data, at)
+        try:
+            payload = _check_payload(file, position + key_size, size - key_size, object_size)
+        except InvalidRootFile as error:
+            key, _ = _read_key(file, position, header.end, "record")
+            raise InvalidRootFile(f"{key}: {error}") from error.__cause__
+        if position in wanted:
+            names[position] = _object_name(wanted[position], payload)
+        position += size
+    if position != header.end:
+        raise InvalidRootFile(f"the last record ends at byte {position} and the file, its header says, at {header.end}")
+    if tree.heads or holes:
+        raise InvalidRootFile(f"no record begins at byte {min([*tree.heads, *holes])}, where one is referred to")
+    return names
+
+
+def _read_unlike(file: _File, header: _Header, tree: _Tree, position: int, listed: bytes | None) -> int:
+    """Look at what does not begin with the key listed for it: return where the next record begins.
+
+    That is `position` itself, where there is a record after all: listed with another title, or in no key list.
+    """
+    size = _read_int(file, position) if header.end - position >= 4 else 0
+    if size < 0:  # the record was deleted
+        return position - size
+    if size == 0:
+        return _skip_zeros(file, position, header.end)
+    key, head = _read_key(file, position, header.end, "record")
+    if key.position != position or position + size > header.end:
+        raise InvalidRootFile(f"{key} is at byte {position} and has {size} bytes of {header.end - position}")
+    if listed is None:
+        if tree.uncounted.get(position) == head:
+            raise InvalidRootFile(f"{key} stands behind the last key of a key list: the number of keys is wrong")
+        if key.class_name == b"RBlob":  # pages of an RNTuple, which compresses them in its own way
+            return position + size
+    elif not _same(listed, key):
+        raise InvalidRootFile(f"{key}: its key differs from the copy in the key list")
+    return position
+
+
+def _same(listed: bytes, key: _Key) -> bool:
+    """Whether the bytes of a listed key say the same as the key of the record, but for title, date and directory."""
+    copy, _ = _parse_key(listed, 0, len(listed))
+    if copy.class_name == b"TDirectoryFile":
+        copy = copy._replace(class_name=key.class_name)
+    return copy[:7] == key[:7]
+
+
+def _refer_to(file: _File, header: _Header, tree: _Tree, what: str, position: int, size: int) -> _Key:
+    if not header.begin < position < position + size <= header.end:
+        raise InvalidRootFile(f"header: {what} of {size} bytes at byte {position}, outside the file")
+    key, head = _read_key(file, position, position + size, what)
+    if key.size != size:
+        raise InvalidRootFile(f"{what} at byte {position} has {key.size} bytes, the header says {size}")
+    tree.refer(position, head, what)
+    return key
+
+
+def _read_free_list(file: _File, header: _Header, tree: _Tree) -> dict[int, int]:
+    """Return the free segments between records, from their first byte to the byte behind them.
+
+    ROOT also gives the first of their bytes a negative record length; uproot leaves in them what was there.
+    """
+    if not header.free_list and not header.free_list_size:  # saved but never closed; the key lists decide
+        return {}
+    what = "list of free segments"
+    key = _refer_to(file, header, tree, what, header.free_list, header.free_list_size)
+    at, end = header.free_list + key.key_size, header.free_list + key.size
+    if not 0 < header.free_segments <= min(MAX_KEYS, (end - at) // _FREE.size):
+        raise InvalidRootFile(f"header: {header.free_segments} free segments in a list of {end - at} bytes")
+    holes = {}
+    first = last = header.begin
+    for _ in range(header.free_segments):
+        left = min(_FREE_64.size, end - at)
+        data, offset = file.load(at, left)
+        form = _FREE_64 if int.from_bytes(data[offset : offset + 2], "big") > 1000 else _FREE
+        if left < form.size:
+            raise InvalidRootFile(f"{what} at byte {header.free_list} ends amid a segment")
+        before, (_, first, last) = last, form.unpack_from(data, offset)
+        if not before < first <= last:
+            raise InvalidRootFile(f"{what}: a segment from byte {first} to byte {last} behind byte {before}")
+        if first < header.end:
+            holes[first] = last + 1
+        at += form.size
+    if first != header.end:
+        raise InvalidRootFile(f"{what}: the last one begins at byte {first}, not at the end, byte {header.end}")
+    if not _is_zero(file, at, end):
+        raise InvalidRootFile(f"{what}: something else behind its {header.free_segments} segments")
+    return holes
+
+
+def _is_zero(file: _File, start: int, end: int) -> bool:
+    return _skip_zero_bytes(file, start, end) == end
+
+
+def _skip_zero_bytes(file: _File, start: int, end: int) -> int:
+    while start < end:
+        length = min(_WINDOW, end - start)
+        data, at = file.load(start, length)
+        piece = data[at : at + length]
+        rest = len(piece.lstrip(b"\0"))
+        start += len(piece) - rest
+        if rest:
+            break
+        file.check_time()
+    return start
+
+
+def _skip_zeros(file: _File, position: int, end: int) -> int:
+    """Return the next record behind zeros between records, as go-hep and uproot leave them."""
+    first = _skip_zero_bytes(file, position, end)
+    # Up to three of the zeros are the beginning of that record's length; its own position tells how many.
+    for start in range(max(position, first - 3), first + 1):
+        if start == end:
+            return end
+        try:
+            if _read_key(file, start, end, "record")[0].position == start:
+                return start
+        except InvalidRootFile:
+            pass
+    raise InvalidRootFile(f"zeros from byte {position} on, and no record behind them at byte {first}")
+
+
+# --- payloads ----------------------------------------------------------------------------------------------------------
+
+# Two letters and a method byte, then the stored and the inflated length, three bytes each, little-endian (RZip.cxx); the
+# third of the three bytes is read apart.
+_BLOCK = struct.Struct("<3sHBHB")
+
+
+def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | bytearray:
+    """Inflate a payload block by block and let go of it; return its beginning."""
+    file.inflated_left -= size
+    if size > MAX_OBJECT_SIZE or file.inflated_left < 0:
+        raise InvalidRootFile(f"an object of {size} bytes is more than is allowed")
+    if stored == size:  # not compressed
+        length = min(size, _NAME_BYTES)
+        data, at = file.load(start, length)
+        return data[at : at + length]
+    first: bytes | bytearray | None = None
+    position, end, left = start, start + stored, size
+    while position < end:
+        if end - position < _BLOCK.size:
+            raise InvalidRootFile(f"{end - position} bytes behind its last compressed block")
+        data, at = file.load(position, min(end - position, _WINDOW))
+        kind, block_stored, high, block_size, higher = _BLOCK.unpack_from(data, at)
+        block_stored, block_size = block_stored | high << 16, block_size | higher << 16
+        position, at = position + _BLOCK.size, at + _BLOCK.size
+        inflate = _INFLATE.get(kind)
+        if inflate is None:
+            raise InvalidRootFile(f"compressed in an unknown way ({kind!r}), or {stored} bytes where {size} belong")
+        if block_stored > end - position:
+            raise InvalidRootFile(f"a block of {block_stored} bytes in the last {end - position} bytes of the record")
+        if not 0 < block_size <= left:
+            raise InvalidRootFile(f"a block that inflates to {block_size} bytes where {left} are left to come")
+        if at + block_stored > len(data):
+            data, at = file.load(position, block_stored)
+        try:
+            block = inflate(memoryview(data)[at : at + block_stored], block_size)
+        except (deflate.DeflateError, cramjam.DecompressionError, lzma.LZMAError, zlib.error) as error:
+            raise InvalidRootFile(
+                f"damaged {kind[:2].decode()} block of {block_stored} bytes at byte {position}"
+            ) from error
+        if kind == b"XZ\x00":
+            file.xz_left -= block_size
+            if file.xz_left < 0:
+                raise InvalidRootFile("XZ blocks inflate to more than is allowed")
+        first = first or block
+        position += block_stored
+        left -= block_size
+        if left:
+            file.check_time()
+    if left:
+        raise InvalidRootFile(f"payload inflates to {size - left} bytes, its key says {size}")
+    return first or b""
+
+
+def _inflate_zlib(stored: memoryview, size: int) -> bytearray:
+    inflated: bytearray = deflate.zlib_decompress(stored, size)  # libdeflate never writes more than `size` bytes
+    # libdeflate ignores what follows the stream; where nothing does, the stream's checksum ends the block.
+    if deflate.adler32(inflated) != int.from_bytes(stored[-4:], "big"):
+        raise InvalidRootFile("bytes behind the end of its zlib stream")
+    return _complete(inflated, len(inflated), size)
+
+
+def _inflate_xz(stored: memoryview, size: int) -> bytes:
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
+    first = piece = decoder.decompress(stored, max_length=_WINDOW)
+    inflated = len(first)
+    while not decoder.eof and inflated <= size and (piece or not decoder.needs_input):
+        piece = decoder.decompress(b"", max_length=_WINDOW)
+        inflated += len(piece)
+    if not decoder.eof or decoder.unused_data:
+        inflated = -1
+    return _complete(first, inflated, size)
+
+
+def _inflate_lz4(stored: memoryview, size: int) -> bytearray:
+    if xxhash.xxh64_intdigest(stored[8:]) != int.from_bytes(stored[:8], "big"):  # ZipLZ4.cxx
+        raise InvalidRootFile("damaged L4 block: its checksum is wrong")
+    inflated = bytearray(size)
+    return _complete(inflated, cramjam.lz4.decompress_block_into(stored[8:], inflated, output_len=size), size)
+
+
+def _inflate_zstd(stored: memoryview, size: int) -> bytearray:
+    inflated = bytearray(size)
+    return _complete(inflated, cramjam.zstd.decompress_into(stored, inflated), size)
+
+
+def _inflate_old(stored: memoryview, size: int) -> bytes:
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)  # deflate without zlib's head and checksum
+    inflated = decoder.decompress(stored, size + 1)
+    return _complete(inflated, len(inflated) if decoder.eof and not decoder.unused_data else -1, size)
+
+
+def _complete(block: _Bytes, inflated: int, size: int) -> _Bytes:
+    if inflated != size:
+        raise InvalidRootFile(f"a block inflates to {inflated} bytes, its head says {size}")
+    return block
+
+
+# Letters and method byte of a block, and what inflates it: at most to the size asked for, or it raises.
+_INFLATE: dict[bytes, Callable[[memoryview, int], bytes | bytearray]] = {
+    b"ZL\x08": _inflate_zlib,
+    b"XZ\x00": _inflate_xz,
+    b"L4\x01": _inflate_lz4,
+    b"ZS\x01": _inflate_zstd,
+    b"CS\x08": _inflate_old,
+}
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+_BYTE_COUNT = 0x40000000  # marks a byte count, which stands before a class version (TBufferFile.cxx, kByteCountMask)
+_IS_REFERENCED = 0x10  # the TObject bit behind whose bits two more bytes follow (TObject.cxx, kIsReferenced)
+_VERSION = struct.Struct(">IH")  # byte count, class version
+_OBJECT = struct.Struct(">HII")  # class version, fUniqueID, fBits
+_COLLECTIONS = frozenset(
+    b"TObjArray TList THashList TSortedList TOrdCollection TMap THashTable TBtree TClonesArray TRefArray".split()
+)
+_STRING_BEHIND_OBJECT = frozenset(b"TObjString TParameter TStatistic".split())
+_NAMELESS = frozenset(
+    b"""TObject TBits TExMap TRef TUrl TMatrixT TMatrixTSym TMatrixTSparse TVectorT TVector2 TVector3 TLorentzVector TRotation
+    TLine TBox TMarker TEllipse TArrow TPolyLine TPolyMarker TCurlyArc TFeldmanCousins TLimitDataSource""".split()
+)
+
+
+def _object_name(key: _Key, payload: bytes | bytearray) -> str:
+    """The object's own name, as its GetName() gives it, where class and beginning of its payload tell; or the key's name."""
+    class_name = key.class_name.partition(b"<")[0]
+    if class_name in _NAMELESS:
+        return _text(key.class_name)
+    at = end = 0
+    while at + _VERSION.size + _OBJECT.size < len(payload):
+        count, _ = _VERSION.unpack_from(payload, at)
+        if not count & _BYTE_COUNT:
+            break
+        end = at + 4 + (count ^ _BYTE_COUNT)
+        at += _VERSION.size
+    if not at or at + _OBJECT.size > len(payload):
+        return _text(key.name)
+    _, _, bits = _OBJECT.unpack_from(payload, at)
+    at += _OBJECT.size + (2 if bits & _IS_REFERENCED else 0)
+    name, at = _read_string(payload, at)
+    # A class version whose bytes are a TObject and two strings is that of TNamed, whatever the name of its heir.
+    if _read_string(payload, at)[1] == end or class_name in _STRING_BEHIND_OBJECT:
+        return _text(bytes(name))
+    return _text(bytes(name) or key.class_name if class_name in _COLLECTIONS else key.name)
+
+
+# --- the second reader -------------------------------------------------------------------------------------------------
+
+
+class _UprootChunk(uproot.source.chunk.Chunk):  # type: ignore[misc]
+    """Bytes for uproot, cut as a memory view, which takes half the time of its numpy arrays."""
+
+    def __init__(self, source: _UprootSource, start: int, stop: int, data: bytes) -> None:
+        super().__init__(source, start, stop, None)
+        self._data = memoryview(data)
+
+    def get(self, start: int, stop: int, cursor: object, context: object) -> memoryview:
+        data = self._data[start - self._start : stop - self._start]
+        if start < self._start or len(data) != stop - start:
+            raise ValueError(f"bytes {start} to {stop} are not among those read, {self._start} to {self._stop}")
+        return data
+
+
+class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
+    """How uproot reads the open file: a `pread` for each request, without a thread or a memory map."""
+
+    closed = False
+
+    def __init__(self, path: str, *, file: _File, **_: object) -> None:
+        super().__init__()
+        self._file_path = path
+        self._file = file
+
+    def chunk(self, start: int, stop: int) -> _UprootChunk:
+        return _UprootChunk(self, start, stop, self._file.pread(start, stop - start))
+
+
+def _compare_with_uproot(file: _File, top: Sequence[_Key]) -> None:
+    """Have uproot find the same objects at the top level, by name, cycle and class."""
+    try:
+        root = uproot.open({file.path: None}, handler=_UprootSource, file=file, object_cache=None, array_cache=None)
+        found = root.classnames(recursive=False)
+    except Exception as error:  # whatever uproot stumbles over: OSError, ValueError, AssertionError, KeyError, ...
+        raise InvalidRootFile(f"uproot cannot read the file: {error}") from error
+    expected = {
+        f"{key.name.decode(errors='surrogateescape')};{key.cycle}": key.class_name.decode(errors="surrogateescape")
+        for key in top
+    }
+    if found != expected:
+        names = sorted(name for name, _ in found.items() ^ expected.items())
+        raise InvalidRootFile(f"uproot finds other objects: {_text(names[0].encode(errors='surrogateescape'))!r}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List the objects of ROOT files, or why a file is not valid; return 1 if any is not."""
+    parser = argparse.ArgumentParser(prog="python -m rootcheck", description=main.__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    invalid = False
+    for path in parser.parse_args(arguments).files:
+        try:
+            objects = check_root_file(path)
+        except (InvalidRootFile, OSError) as error:
+            invalid = True
+            print(f"{path}: invalid: {error}" if isinstance(error, InvalidRootFile) else f"{path}: {error.strerror}")
+            continue
+        print(f"{path}: valid, {len(objects)} objects")
+        for name, found in objects.items():
+            print(f"  {name}: {found.description}")
+    return int(invalid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
