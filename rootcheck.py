@@ -662,6 +662,7 @@ def _object_name(key: _Key, payload: bytes | bytearray) -> str:
     class_name = key.class_name.partition(b"<")[0]
     if class_name in _NAMELESS:
         return _text(key.class_name)
+    payload = bytes(payload[:_NAME_BYTES])
     at = end = 0
     while at + _VERSION.size + _OBJECT.size < len(payload):
         count, _ = _VERSION.unpack_from(payload, at)
@@ -676,8 +677,8 @@ def _object_name(key: _Key, payload: bytes | bytearray) -> str:
     name, at = _read_string(payload, at)
     # A class version whose bytes are a TObject and two strings is that of TNamed, whatever the name of its heir.
     if _read_string(payload, at)[1] == end or class_name in _STRING_BEHIND_OBJECT:
-        return _text(bytes(name))
-    return _text(bytes(name) or key.class_name if class_name in _COLLECTIONS else key.name)
+        return _text(name)
+    return _text(name or key.class_name if class_name in _COLLECTIONS else key.name)
 
 
 # --- the second reader -------------------------------------------------------------------------------------------------
@@ -709,6 +710,9 @@ class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
 
     def chunk(self, start: int, stop: int) -> _UprootChunk:
         return _UprootChunk(self, start, stop, self._file.pread(start, stop - start))
+
+    def close(self) -> None:
+        """Leave the file open; it is not uproot's."""
 
 
 def _compare_with_uproot(file: _File, top: Sequence[_Key]) -> None:
