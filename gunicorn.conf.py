@@ -1,17 +1,85 @@
 """gunicorn's settings for the DQM receiver: in a checkout, plain `gunicorn` serves on 127.0.0.1:8080."""
 
+import gc
+import json
+import logging
 import os
+import socket
+import struct
+from typing import Any
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException, UnsupportedTransferCoding
+from gunicorn.util import write_nonblock
+from gunicorn.workers.gthread import ThreadWorker
+
+import receiver
+
+STALLED = 120  # seconds without a byte, in either direction, after which a connection is given up
 
 wsgi_app = "receiver:create_app()"
 bind = "127.0.0.1:8080"
 
-# A process per core, as validating takes turns within one; threads, so that slow senders wait for nobody but themselves.
-workers = min(os.cpu_count() or 1, 4)
-worker_class = "gthread"
+# A process for each core, because validation holds the interpreter lock most of the time; threads, so that a slow sender
+# keeps nobody waiting and no upload is ended by a time-out.
+workers = min(len(os.sched_getaffinity(0)), 4)
 threads = 128
 
-# An upload under way is finished before a worker stops (SIGTERM) or is replaced (SIGHUP).
+# An upload under way is finished before a worker stops (SIGTERM) or gives way to a new one (SIGHUP).
 graceful_timeout = 600
 
-# gunicorn's own remote control is not needed, and its socket would lie in a home folder that a service may not have.
+# The application is loaded before the workers fork: a mistake in the settings is one line and no loop of dying workers, and
+# each worker starts at once.
+preload_app = True
+
+# gunicorn's remote control: not needed, and its socket would lie in a home folder that a service may not have.
 control_socket_disable = True
+
+
+class worker_class(ThreadWorker):
+    """Answers in JSON, like the application, what gunicorn itself refuses: requests that are no HTTP."""
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        status, message = 400, f"Bad request: {exc}"
+        if isinstance(exc, LimitRequestLine):
+            status = 414
+        elif isinstance(exc, LimitRequestHeaders):
+            status = 431
+        elif isinstance(exc, UnsupportedTransferCoding):
+            status = 501
+        elif not isinstance(exc, ParseException):
+            status, message = 500, "The receiver failed; its log has the details"
+            self.log.exception("failed to answer")
+        body = json.dumps({"status": status, "message": message, "received": None}) + "\n"
+        head = (
+            f"HTTP/1.1 {status} \r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        try:
+            write_nonblock(client, f"{head}\r\n\r\n{body}".encode())
+        except OSError:
+            self.log.debug("nobody is there to be told %s", status)
+
+
+def when_ready(server: Arbiter) -> None:
+    """Before the first worker forks."""
+    log = logging.getLogger("dqm_receiver")
+    log.handlers = server.log.error_log.handlers
+    log.setLevel(logging.INFO)
+    for listener in server.LISTENERS:  # accepted connections inherit these
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED, 0))
+        if hasattr(socket, "TCP_USER_TIMEOUT") and listener.sock.family != socket.AF_UNIX:
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED * 1000)
+    gc.freeze()  # the garbage collector need not look through the imported modules again in each worker
+
+
+def on_reload(server: Arbiter) -> None:
+    """On SIGHUP: read the settings and the token file again, or go on with the old ones where there is a mistake."""
+    try:
+        server.app.callable = receiver.create_app()
+    except receiver.ConfigurationError as error:
+        server.log.error("the settings stay as they were: %s", error)
+
+
+def post_worker_init(worker: ThreadWorker) -> None:
+    """A worker may have taken the place of one that died amid uploads."""
+    worker.wsgi.storage.sweep()

@@ -5,25 +5,36 @@
 
 from __future__ import annotations
 
+import argparse
+import configparser
 import hashlib
 import hmac
 import json
 import logging
 import os
 import re
+import secrets
+import stat
 import threading
+import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, NotFound, PreconditionFailed, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 from werkzeug.http import is_resource_modified, parse_dict_header
 from werkzeug.routing import Map, Rule
+from werkzeug.sansio.utils import get_content_length
 from werkzeug.wrappers import Request, Response
 from werkzeug.wsgi import get_input_stream, wrap_file
 
@@ -39,6 +50,8 @@ _PREFIX = "DQM_RECEIVER_"
 _CHUNK = 1 << 18  # bytes read at once
 _FORM_OVERHEAD = 1 << 20  # bytes a form may have beside its file
 _MAX_FORM_PARTS = 16
+_MAX_AGENTS = 100  # agents with metrics of their own
+OTHER_AGENTS = "(other)"  # no agent can have this name
 _MIN_DISCARD = 64 << 20  # bytes of a refused body that are read in any case, so that its sender sees the answer
 
 SUCCESS = "Successfully received file and extracted information"
@@ -51,8 +64,8 @@ NO_FILE = "No file uploaded and the payload was empty"
 # --- settings ----------------------------------------------------------------------------------------------------------
 
 
-class ConfigurationError(Exception):
-    """A setting is missing or wrong; the text names it."""
+class ConfigurationError(RuntimeError):
+    """A setting is missing or wrong; the text names it. (gunicorn prints a RuntimeError as one line and ends.)"""
 
 
 @dataclass(frozen=True)
@@ -60,24 +73,63 @@ class Settings:
     """What the environment variables `DQM_RECEIVER_…` say; sizes in bytes."""
 
     data_folder: Path
-    token: str
+    tokens: Mapping[str, tuple[bytes, ...]]  # by the sender's name: SHA-256 digests of its tokens
     max_file_size: int
-    min_free_space: int
-    max_rejected: int
+    min_free_space: int  # to be left on the disk
+    max_rejected: int  # kept of invalid uploads
+    metrics: bool  # whether /metrics answers
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Read the settings; raises ConfigurationError."""
-        token = environ.get(f"{_PREFIX}TOKEN", "")
-        if not token:
-            raise ConfigurationError(f"{_PREFIX}TOKEN is not set: the receiver needs the token that senders pass")
+        metrics = environ.get(f"{_PREFIX}METRICS", "on")
+        if metrics not in ("on", "off"):
+            raise ConfigurationError(f"{_PREFIX}METRICS must be on or off, not {metrics!r}")
         return cls(
             data_folder=Path(environ.get(f"{_PREFIX}DATA_FOLDER") or "data"),
-            token=token,
+            tokens=_read_tokens(environ.get(f"{_PREFIX}TOKEN"), environ.get(f"{_PREFIX}TOKENS_FILE")),
+            metrics=metrics == "on",
             max_file_size=_read_size(environ, "MAX_FILE_SIZE", 2 << 30),
             min_free_space=_read_size(environ, "MIN_FREE_SPACE", 1 << 30),
             max_rejected=_read_size(environ, "MAX_REJECTED", 256 << 20),
         )
+
+
+_TOKEN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def _read_tokens(token: str | None, path: str | None) -> dict[str, tuple[bytes, ...]]:
+    """Return the digests of the one token and of those in the file: section [tokens], `name = sha256 [sha256 ...]`."""
+    tokens: dict[str, tuple[bytes, ...]] = {}
+    if token:
+        tokens["default"] = (_digest(token.encode()),)
+    if path:
+        parser = configparser.ConfigParser(interpolation=None, delimiters="=")
+        parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
+        try:
+            parser.read_string(Path(path).read_text())
+            lines = dict(parser["tokens"])
+            readable_by_all = os.stat(path).st_mode & stat.S_IROTH
+        except OSError as error:
+            raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, configparser.Error, KeyError) as error:
+            raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: not a section [tokens] with lines in it") from error
+        for name, hashes in lines.items():
+            # No word of the line itself: somebody may have written the token there.
+            if not _TOKEN_NAME.fullmatch(name) or not re.fullmatch(r"\s*([0-9a-fA-F]{64}\s*)+", hashes):
+                raise ConfigurationError(
+                    f"{_PREFIX}TOKENS_FILE {path}: a line is not `name = sha256 of the token, in hex`"
+                )
+            tokens[name] = tokens.get(name, ()) + tuple(bytes.fromhex(one) for one in hashes.split())
+        if readable_by_all:
+            logger.warning("everybody on this host can read the token file %s", path)
+    if not tokens:
+        raise ConfigurationError(f"{_PREFIX}TOKEN is not set: the receiver needs the token that senders pass")
+    return tokens
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
 
 
 def _read_size(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -91,11 +143,12 @@ def _read_size(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 class Refusal(Exception):
-    """A request that is the sender's to mend, and what the answer says beside the message."""
+    """A request that is the sender's to mend: its class for the metrics, and why the file is not valid, where it is not."""
 
-    def __init__(self, message: str, **details: str) -> None:
+    def __init__(self, message: str, *, reason_class: str = "request", reason: str | None = None) -> None:
         super().__init__(message)
-        self.details = details
+        self.reason_class = reason_class
+        self.reason = reason
 
 
 # --- requests ----------------------------------------------------------------------------------------------------------
@@ -115,12 +168,19 @@ class Body:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self._stream = get_input_stream(environ)
+        self._length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")) or 0
+        self._read = 0
 
     def read(self, size: int = -1) -> bytes:
         try:
-            return self._stream.read(size)
+            piece = self._stream.read(size)
         except Exception as error:  # each server has its own for a connection that ends or stalls, or a malformed chunk
-            raise Refusal("The body ended before it was complete, or was malformed") from error
+            raise Refusal("The body ended before it was complete, or was malformed", reason_class="broken") from error
+        self._read += len(piece)
+        if not piece and self._read < self._length:  # gunicorn has no error for this
+            message = f"The body ended after {self._read} of {self._length} bytes"
+            raise Refusal(message, reason_class="broken")
+        return piece
 
     def discard(self, limit: int) -> None:
         """Read on, so that the sender, who may look for an answer only then, gets it and no broken connection."""
@@ -179,19 +239,26 @@ class Receiver:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.storage = storage.Storage(
-            settings.data_folder,
-            max_file_size=settings.max_file_size,
-            min_free_space=settings.min_free_space,
-            max_rejected=settings.max_rejected,
-        )
-        self.tokens = {"default": [hashlib.sha256(settings.token.encode()).digest()]}
+        try:
+            self.storage = storage.Storage(
+                settings.data_folder,
+                max_file_size=settings.max_file_size,
+                min_free_space=settings.min_free_space,
+                max_rejected=settings.max_rejected,
+            )
+        except OSError as error:
+            folder = settings.data_folder
+            raise ConfigurationError(f"{_PREFIX}DATA_FOLDER {folder} cannot be used: {error.strerror}") from error
         self.validating = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
         self.routes = Map(
             [
                 Rule("/rest/api/files", methods=["POST"], endpoint=self.receive),
                 Rule("/rest/api/files", methods=["GET"], endpoint=self.list_or_send),
                 Rule("/rest/api/files/<name>", methods=["GET"], endpoint=self.send),
+                Rule("/rest/api/runs", methods=["GET"], endpoint=self.list_runs),
+                Rule("/rest/api/runs/<run>", methods=["GET"], endpoint=self.describe_run),
+                Rule("/rest/api/health", methods=["GET"], endpoint=self.health),
+                Rule("/metrics", methods=["GET"], endpoint=self.metrics),
                 Rule("/", endpoint=self.not_implemented),
             ],
             strict_slashes=False,
@@ -211,8 +278,13 @@ class Receiver:
         return response(environ, start_response)
 
     def dispatch(self, request: AgentRequest) -> Response:
-        request.sender = self.check_token(request)
-        handler, arguments = self.routes.bind("").match(request.path, request.method)
+        try:
+            handler, arguments = self.routes.bind("").match(request.path, request.method)
+        except HTTPException:
+            self.check_token(request)  # without one, nobody learns what there is
+            raise
+        if handler not in (self.health, self.metrics):
+            request.sender = self.check_token(request)
         response: Response = handler(request, **arguments)
         return response
 
@@ -221,10 +293,9 @@ class Receiver:
         token = request.headers.get("token")
         if not token:
             raise Refusal(NO_TOKEN)
-        digest = hashlib.sha256(token.encode("latin-1")).digest()  # WSGI hands on a header's bytes as latin-1
-        names = [
-            name for name, digests in self.tokens.items() for known in digests if hmac.compare_digest(known, digest)
-        ]
+        digest = _digest(token.encode("latin-1"))  # WSGI hands on a header's bytes as latin-1
+        tokens = self.settings.tokens.items()
+        names = [name for name, digests in tokens for known in digests if hmac.compare_digest(known, digest)]
         if not names:
             raise Refusal(WRONG_TOKEN)
         return names[0]
@@ -233,6 +304,7 @@ class Receiver:
 
     def receive(self, request: AgentRequest) -> Response:
         """POST /rest/api/files: validate and store a file."""
+        began = time.monotonic()
         headers = UploadHeaders.read(request.headers)
         name = storage.file_name(headers.agent, headers.run, headers.time_stamp)
         receipt: dict[str, Any] = {
@@ -248,20 +320,24 @@ class Receiver:
             "sha256": None,
             "objects": None,
             "reason": None,
+            "reason_class": None,
+            "seconds": None,
+            "validation_seconds": None,
         }
         uploads: list[storage.Upload] = []
         try:
             upload = self.take_in(request, uploads)
             receipt.update(size=upload.size, sha256=upload.sha256)
-            objects = self.check(upload, headers, name)
+            objects = self.check(upload, headers, receipt)
             receipt["objects"] = len(objects)
-            outcome = self.storage.accept(upload, name, receipt)
+            self.storage.accept(upload, receipt, began)
         except (Refusal, storage.FileTooLarge) as refusal:
-            self.record_refusal(receipt, refusal)
+            self.record_refusal(receipt, refusal, began)
             raise
         finally:
             for upload in uploads:
                 upload.discard()
+        log_upload(receipt)
         answer = {
             "status": 200,
             "filename": name,
@@ -270,8 +346,8 @@ class Receiver:
             "size": upload.size,
             "sha256": upload.sha256,
         }
-        if outcome != "stored":
-            answer[outcome] = True
+        if receipt["outcome"] != "stored":
+            answer[receipt["outcome"]] = True
         return answer_json(answer)
 
     def take_in(self, request: AgentRequest, uploads: list[storage.Upload]) -> storage.Upload:
@@ -283,6 +359,8 @@ class Receiver:
             self.storage.check_room(length)
 
         def begin(*_: object, **__: object) -> Any:
+            if sum(upload.size for upload in uploads) > self.settings.max_file_size:
+                raise storage.FileTooLarge(self.settings.max_file_size)
             uploads.append(self.storage.new_upload())
             return uploads[-1]
 
@@ -292,7 +370,7 @@ class Receiver:
         while piece := request.body.read(_CHUNK):
             upload.write(piece)
         if not upload.size:
-            raise Refusal(NO_FILE)
+            raise Refusal(NO_FILE, reason_class="no file")
         return upload
 
     def take_in_form(self, request: AgentRequest, begin: Callable[..., Any]) -> storage.Upload:
@@ -308,40 +386,52 @@ class Receiver:
         try:
             _, fields, files = parser.parse(body, request.mimetype, request.content_length, request.mimetype_params)
         except ValueError as error:
-            raise Refusal(f"The form is malformed: {error}") from error
+            raise Refusal(f"The form is malformed: {error}", reason_class="form") from error
         except RequestEntityTooLarge as error:
-            raise Refusal(
-                f"The form has more than {_MAX_FORM_PARTS} parts or {_FORM_OVERHEAD} bytes of fields"
-            ) from error
+            limits = f"{_MAX_FORM_PARTS} parts or {_FORM_OVERHEAD} bytes of fields"
+            raise Refusal(f"The form has more than {limits}", reason_class="form") from error
         parts = files.getlist("file")
         if "file" in fields:
-            raise Refusal("The part file has no file name and so is a field of the form, not a file")
+            raise Refusal("The part file has no file name and so is a field, not a file", reason_class="form")
         if len(parts) > 1:
-            raise Refusal("The form has more than one part named file")
+            raise Refusal("The form has more than one part named file", reason_class="form")
         upload = cast(storage.Upload, parts[0].stream) if parts else None
         if upload is None or not upload.size:
-            raise Refusal(f"{NO_FILE}: a form must have a part named file, with the file")
+            raise Refusal(f"{NO_FILE}: a form must have a part named file, with the file", reason_class="no file")
         return upload
 
-    def check(self, upload: storage.Upload, headers: UploadHeaders, name: str) -> dict[str, rootcheck.RootObject]:
+    def check(
+        self, upload: storage.Upload, headers: UploadHeaders, receipt: dict[str, Any]
+    ) -> dict[str, rootcheck.RootObject]:
         """Return the objects in an upload; raises Refusal where it is not what was sent or not a valid ROOT file."""
-        if headers.sha256 is not None and not hmac.compare_digest(headers.sha256, upload.sha256):
-            raise Refusal(f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}")
-        try:
-            with self.validating:
+        if headers.sha256 is not None and headers.sha256 != upload.sha256:
+            message = f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}"
+            raise Refusal(message, reason_class="sha256")
+        with self.validating:
+            began = time.monotonic()
+            try:
                 return rootcheck.check_root_file(upload.path)
-        except rootcheck.InvalidRootFile as error:
-            self.storage.reject(upload, name)
-            raise Refusal(NOT_VALID, reason=str(error)) from error
-
-    def record_refusal(self, receipt: dict[str, Any], refusal: Exception) -> None:
-        """Note a rejected upload in the receipts; a disk without room for that changes nothing about the verdict."""
-        details = refusal.details if isinstance(refusal, Refusal) else {}
-        receipt["reason"] = details.get("reason", str(refusal))
+            except rootcheck.InvalidRootFile as error:
+                reason = str(error)
+            finally:
+                receipt["validation_seconds"] = round(time.monotonic() - began, 6)
         try:
-            self.storage.append_receipt(receipt)
+            self.storage.reject(upload, receipt["filename"])
+        except (OSError, storage.StorageError):
+            logger.exception("an invalid upload could not be kept")
+        raise Refusal(NOT_VALID, reason_class="not valid", reason=reason)
+
+    def record_refusal(self, receipt: dict[str, Any], refusal: Refusal | storage.FileTooLarge, began: float) -> None:
+        """Note a rejected upload in the receipts; a disk without room for that changes nothing about the verdict."""
+        if isinstance(refusal, Refusal):
+            receipt.update(reason=refusal.reason or str(refusal), reason_class=refusal.reason_class)
+        else:
+            receipt.update(reason=str(refusal), reason_class="too large")
+        try:
+            self.storage.append_receipt(receipt, began)
         except (OSError, storage.StorageError):
             logger.exception("a rejected upload could not be noted in the receipts")
+        log_upload(receipt)
 
     # --- giving files back ---------------------------------------------------------------------------------------------
 
@@ -367,6 +457,61 @@ class Receiver:
             file.close()
             raise
 
+    # --- saying what arrived -------------------------------------------------------------------------------------------
+
+    def list_runs(self, request: AgentRequest) -> Response:
+        """GET /rest/api/runs: list the runs of which something has come."""
+        response = answer_json({"runs": self.storage.runs()})
+        response.add_etag()
+        return response.make_conditional(request)
+
+    def describe_run(self, request: AgentRequest, run: str) -> Response:
+        """GET /rest/api/runs/<run>: say what has come, by agent."""
+        number = check_number("run in the path", run, storage.MAX_RUN)
+        tag = self.storage.receipts_tag(number)
+        response = Response(mimetype="application/json")
+        response.set_etag(tag)
+        if response.make_conditional(request).status_code == 304:
+            return response
+        agents = dict(sorted(self.storage.run(number).agents.items()))
+        started = [record for record in agents.values() if record.started]
+        content = {
+            "run": number,
+            "complete": bool(started) and all(record.ended for record in started),
+            "agents": {
+                agent: {
+                    "files": record.files,
+                    "bytes": record.bytes,
+                    "duplicates": record.outcomes["duplicate"],
+                    "rejected": record.outcomes["rejected"],
+                    "first_time_stamp": record.first_time_stamp,
+                    "last_time_stamp": record.last_time_stamp,
+                    "started": record.started,
+                    "ended": record.ended,
+                    "last_arrival": record.last_arrival,
+                }
+                for agent, record in agents.items()
+            },
+        }
+        response.set_data(json.dumps(content) + "\n")
+        return response
+
+    def health(self, request: AgentRequest) -> Response:
+        """GET /rest/api/health: say whether the folder can be written and has room."""
+        try:
+            self.storage.check_health()
+        except (OSError, storage.StorageError) as error:
+            return answer_json({"status": 503, "message": str(error), "received": None}, 503)
+        return answer_json({"status": 200, "message": "The data folder can be written and has room"})
+
+    def metrics(self, request: AgentRequest) -> Response:
+        """GET /metrics: say it in numbers, for Prometheus."""
+        if not self.settings.metrics:
+            raise NotFound
+        registry = CollectorRegistry()
+        registry.register(Collector(self.storage))
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
     def not_implemented(self, request: AgentRequest) -> Response:
         """/: senders use this to try their token."""
         raise Refusal("Not implemented")
@@ -391,25 +536,37 @@ def answer_json(content: Mapping[str, object], status: int = 200, headers: Mappi
     return Response(json.dumps(content) + "\n", status, headers, mimetype="application/json")
 
 
-_STATUS_OF = {storage.FileTooLarge: 413, storage.NoRoom: 507, storage.Unavailable: 503, storage.NoSuchFile: 404}
+_STATUS_OF = {
+    storage.FileTooLarge: 413,
+    storage.NoRoom: 507,
+    storage.Unavailable: 503,
+    storage.NoSuchFile: 404,
+    storage.NoSuchRun: 404,
+}
 
 
 def refuse(request: AgentRequest, error: Exception) -> Response:
     """Turn what went wrong into an answer; the one place where that is done."""
     headers: Mapping[str, str] = {}
-    details: Mapping[str, object] = {}
-    message = str(error)
+    content: dict[str, object] = {"status": 400, "message": str(error), "received": None}
     if isinstance(error, Refusal):
-        status, details = 400, error.details
+        if error.reason is not None:
+            content["reason"] = error.reason
     elif isinstance(error, storage.StorageError):
-        status = _STATUS_OF[type(error)]
+        content["status"] = _STATUS_OF[type(error)]
     elif isinstance(error, HTTPException) and error.code is not None:
-        status, message = error.code, error.description or error.name
+        content.update(status=error.code, message=error.description or error.name)
         headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
     else:
-        status, message = 500, "The receiver failed; its log has the details"
-        logger.error("failed to answer %s %s", request.method, request.path, exc_info=error)
-    return answer_json({"status": status, "message": message, "received": None, **details}, status, headers)
+        content.update(status=500, message="The receiver failed; its log has the details")
+        logger.error("failed to answer %s %r", request.method, request.path, exc_info=error)
+    return answer_json(content, cast(int, content["status"]), headers)
+
+
+def log_upload(receipt: Mapping[str, Any]) -> None:
+    """Write one line about an upload to the log, as key=value."""
+    keys = ("outcome", "sender", "run", "agent", "filename", "size", "seconds", "reason")
+    logger.info("upload %s", " ".join(f"{key}={json.dumps(receipt[key])}" for key in keys if receipt[key] is not None))
 
 
 def send_file(request: AgentRequest, file: BinaryIO) -> Response:
@@ -423,8 +580,13 @@ def send_file(request: AgentRequest, file: BinaryIO) -> Response:
         response.headers["Repr-Digest"] = f"sha-256=:{b64encode(sha256_of(file)).decode()}:"  # RFC 9530
     # Conditions come before ranges, and a range of several pieces may be ignored (RFC 9110, 13.2.2 and 14.2).
     modified = is_resource_modified(request.environ, response.headers["ETag"], last_modified=response.last_modified)
-    single = request.range is not None and len(request.range.ranges) == 1
-    response.make_conditional(request, accept_ranges=modified and single, complete_length=status.st_size)
+    ranges = request.range if request.method == "GET" and modified else None
+    single = ranges is not None and ranges.units == "bytes" and len(ranges.ranges) == 1
+    response.make_conditional(request, accept_ranges=single, complete_length=status.st_size)
+    since = request.if_unmodified_since
+    late = not request.if_match and since is not None and response.last_modified > since
+    if response.status_code == 412 or late:
+        raise PreconditionFailed("The file is not the one that the condition names")
     response.headers["Accept-Ranges"] = "bytes"
     start = response.content_range.start or 0
     length = response.content_length or 0
@@ -455,6 +617,80 @@ def sha256_of(file: BinaryIO) -> bytes:
     return digest.digest()
 
 
+# --- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def collect_metrics(folder: storage.Storage) -> Iterator[Metric]:
+    """Yield the families of metrics: all come from the folder, so that they are right whichever worker is asked."""
+    records = [folder.run(run) for run in folder.runs()]
+    of_agents: dict[str, list[storage.AgentRecord]] = {}
+    for record in records:
+        for agent, of_run in list(record.agents.items()):
+            of_agents.setdefault(agent, []).append(of_run)
+    # Whoever has a token may invent agents; those that came first keep series of their own.
+    for agent in sorted(of_agents, key=lambda agent: min(one.first_arrival for one in of_agents[agent]))[_MAX_AGENTS:]:
+        of_agents.setdefault(OTHER_AGENTS, []).extend(of_agents.pop(agent))
+
+    name = "dqm_receiver_"
+    uploads = CounterMetricFamily(name + "uploads", "Uploads by outcome", labels=("agent", "outcome"))
+    volume = CounterMetricFamily(name + "accepted_bytes", "Bytes of the files that got a name", labels=("agent",))
+    last = GaugeMetricFamily(
+        name + "last_accepted_timestamp_seconds", "Time of the last accepted file", labels=("agent",)
+    )
+    for agent, of_runs in of_agents.items():
+        for outcome in storage.OUTCOMES:
+            uploads.add_metric((agent, outcome), sum(of_run.outcomes[outcome] for of_run in of_runs))
+        volume.add_metric((agent,), sum(of_run.bytes for of_run in of_runs))
+        accepted = max(of_run.last_accepted for of_run in of_runs)
+        if accepted:
+            last.add_metric((agent,), storage.seconds_of(accepted))
+    rejections = CounterMetricFamily(name + "rejections", "Rejected uploads by class of reason", labels=("reason",))
+    for reason, count in sorted(sum((record.reasons for record in records), Counter[str]()).items()):
+        rejections.add_metric((reason,), count)
+    yield from (uploads, volume, last, rejections)
+
+    for durations, what in (
+        ("seconds", "Seconds to take in a file"),
+        ("validation_seconds", "Seconds to validate a file"),
+    ):
+        counts = sum((record.durations[durations] for record in records), Counter[float]())
+        below = accumulate(counts[bound] for bound in storage.DURATIONS)
+        bounds = (f"{bound:g}".replace("inf", "+Inf") for bound in storage.DURATIONS)
+        buckets = list(zip(bounds, below, strict=True))
+        total = sum(record.sums[durations] for record in records)
+        yield HistogramMetricFamily(f"{name}upload_{durations}", what, buckets=buckets, sum_value=total)
+    yield GaugeMetricFamily(name + "uploads_in_progress", "Uploads under way", folder.uploads_in_progress())
+    yield GaugeMetricFamily(name + "free_bytes", "Free bytes on the disk of the data folder", folder.free_space())
+
+
+class Collector:
+    """What prometheus-client asks for metrics."""
+
+    def __init__(self, folder: storage.Storage) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        return collect_metrics(self._folder)
+
+
 def create_app(environ: Mapping[str, str] = os.environ) -> Receiver:
     """Return the WSGI application for these settings; raises ConfigurationError, naming the one that is wrong."""
     return Receiver(Settings.read(environ))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make a token for a sender."""
+    parser = argparse.ArgumentParser(prog="python -m receiver", description="The DQM receiver's token maker.")
+    commands = parser.add_subparsers(required=True, metavar="token")
+    command = commands.add_parser("token", help="make a token, show it once and print the line for the token file")
+    command.add_argument("name", metavar="NAME", help="who is to send with it")
+    name = parser.parse_args(arguments).name
+    if not _TOKEN_NAME.fullmatch(name):
+        parser.error("NAME must be 1 to 64 of the characters A-Z, a-z, 0-9, _, . and -")
+    token = secrets.token_urlsafe(32)
+    print(f"The token of {name}, which is shown only now:\n\n    {token}\n")
+    print(f"The line for the section [tokens] of the token file:\n\n    {name} = {_digest(token.encode()).hex()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,13 @@ import json
 import os
 import re
 import stat
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,12 +35,20 @@ RECEIPTS = ".receipts"
 MAX_RUN = 2**31 - 1
 LAST_TIME_STAMP = 253402297199  # 9999-12-31 23:59:59 in Zurich: names have four digits for the year
 
+DATA_START, DATA_END = 1, 2  # dataStatus: this file starts, or ends, a set of data
+
+OUTCOMES = ("stored", "duplicate", "replaced", "rejected")
+
+# Upper bounds, in seconds, of the classes in which durations are counted.
+DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, float("inf"))
+
 _ZONE = "Europe/Zurich"  # the names' time zone, whatever the host's
 _CHUNK = 1 << 20  # bytes read at once
 _ROOM_CHECK = 64 << 20  # bytes written between two looks at the free space
 _SWEEP_INTERVAL = 600.0  # seconds
 _FOREIGN_AGE = 3600.0  # seconds without a byte after which another host's upload may be taken for dead
 
+_RECEIPTS_NAME = re.compile(r"([0-9]{1,10})\.jsonl")
 _BOUND_FOR = ","  # between the name of an upload and the one it is about to take from another file
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
 
@@ -65,7 +77,12 @@ class NoSuchFile(StorageError):
     """No regular, visible file has this name."""
 
 
+class NoSuchRun(StorageError):
+    """No upload of this run has come."""
+
+
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
 _UNAVAILABLE = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EHOSTDOWN}
 
 
@@ -184,6 +201,93 @@ class Upload:
         os.close(fd)
 
 
+@dataclass
+class AgentRecord:
+    """What the receipts of a run say of one agent; time stamps in Unix seconds, times of arrival as receipts have them."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0  # of the files that got a name
+    first_time_stamp: int | None = None
+    last_time_stamp: int | None = None
+    first_arrival: str = ""
+    last_arrival: str = ""
+    last_accepted: str = ""
+    last_start: int | None = None  # time stamp of the last file that starts a set of data
+    last_end: int | None = None  # of the last one that ends it
+
+    @property
+    def files(self) -> int:
+        """The number of files that got a name."""
+        return self.outcomes["stored"] + self.outcomes["replaced"]
+
+    @property
+    def started(self) -> bool:
+        return self.last_start is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the set of data has ended and not started anew."""
+        return self.last_end is not None and (self.last_start is None or self.last_start <= self.last_end)
+
+    def add(self, receipt: Mapping[str, Any]) -> None:
+        self.outcomes[receipt["outcome"]] += 1
+        self.last_arrival = receipt["received_at"]
+        self.first_arrival = self.first_arrival or self.last_arrival
+        if receipt["outcome"] == "rejected":
+            return
+        self.last_accepted = self.last_arrival
+        if receipt["outcome"] != "duplicate":
+            self.bytes += receipt["size"]
+        time_stamp = receipt["time_stamp"]
+        self.first_time_stamp = min(
+            time_stamp, self.first_time_stamp if self.first_time_stamp is not None else time_stamp
+        )
+        self.last_time_stamp = max(time_stamp, self.last_time_stamp or 0)
+        if receipt["data_status"] == DATA_START:
+            self.last_start = max(time_stamp, self.last_start or 0)
+        elif receipt["data_status"] == DATA_END:
+            self.last_end = max(time_stamp, self.last_end or 0)
+
+
+class RunRecord:
+    """The receipts of one run, added up. They are only ever appended to, so that only new ones are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file = self._read = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.agents: dict[str, AgentRecord] = {}
+        self.reasons: Counter[str] = Counter()  # classes of reasons for rejections
+        # By a receipt's field: the uploads by the first of DURATIONS that they did not pass, and the sum of their seconds.
+        self.durations: dict[str, Counter[float]] = {"seconds": Counter(), "validation_seconds": Counter()}
+        self.sums: dict[str, float] = dict.fromkeys(self.durations, 0.0)
+
+    def update(self) -> None:
+        """Read the receipts that have come since the last time."""
+        with self._lock, _os_errors(), self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._file or status.st_size < self._read:  # a different file: archived, restored
+                self._clear()
+                self._file, self._read = status.st_ino, 0
+            file.seek(self._read)
+            while (line := file.readline()).endswith(b"\n"):  # one that is being written is read the next time
+                self._read += len(line)
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash
+                    self._add(json.loads(line))
+
+    def _add(self, receipt: Mapping[str, Any]) -> None:
+        self.agents.setdefault(receipt["agent"], AgentRecord()).add(receipt)
+        if receipt["outcome"] == "rejected":
+            self.reasons[receipt["reason_class"]] += 1
+        for name, counts in self.durations.items():
+            if receipt[name] is not None:
+                counts[DURATIONS[bisect_left(DURATIONS, receipt[name])]] += 1
+                self.sums[name] += receipt[name]
+
+
 class Storage:
     """A data folder that several processes and hosts may use at once."""
 
@@ -193,6 +297,7 @@ class Storage:
         self.min_free_space = min_free_space
         self.max_rejected = max_rejected
         self._swept = 0.0
+        self._runs: dict[int, RunRecord] = {}
         self._host = _host_id()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_subfolders()
@@ -226,24 +331,27 @@ class Storage:
     def _create_incoming(self) -> tuple[Path, int]:
         while True:
             path = self.folder / INCOMING / f"{self._host}-{uuid.uuid4().hex}"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            try:
-                fd = os.open(path, flags, 0o666)
-            except FileNotFoundError:  # somebody cleared the folder
-                self._make_subfolders()
-                fd = os.open(path, flags, 0o666)
+            fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             with contextlib.suppress(OSError):  # a file system without locks: see _is_dead
                 fcntl.flock(fd, fcntl.LOCK_EX)
             if os.fstat(fd).st_nlink:
                 return path, fd
             os.close(fd)  # swept between its creation and the lock
 
-    def accept(self, upload: Upload, name: str, receipt: dict[str, Any]) -> str:
-        """Give a valid upload its name and return the outcome: "stored", "duplicate" or "replaced".
+    def _open(self, path: Path, flags: int) -> int:
+        """Open a file in a subfolder, which is made if somebody has removed it."""
+        try:
+            return os.open(path, flags | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            self._make_subfolders()
+            return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
-        When this returns, file, name and receipt (which is given the outcome) are on the disk. When it raises, the folder
-        is as it was.
+    def accept(self, upload: Upload, receipt: dict[str, Any], began: float) -> None:
+        """Give a valid upload the name in its receipt, and the receipt the outcome: "stored", "duplicate" or "replaced".
+
+        When this returns, file, name and receipt are on the disk. When it raises, the folder is as it was.
         """
+        name = receipt["filename"]
         upload.sync()
         named, set_aside = False, list[Path]()
         try:
@@ -252,16 +360,16 @@ class Storage:
                 _sync_folder(self.folder)
                 upload.finish()
             receipt["outcome"] = "duplicate" if not named else "replaced" if set_aside else "stored"
-            self.append_receipt(receipt)
+            self.append_receipt(receipt, began)
         except BaseException:
-            if named:
+            if named or set_aside:
                 self._withdraw(upload, name, set_aside)
             raise
-        return str(receipt["outcome"])
 
     def _give_name(self, upload: Upload, name: str, set_aside: list[Path]) -> bool:
         """Link the upload to its name, having set aside what had it; return False where that had the same bytes."""
         target = self.folder / name
+        bound = upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{name}")
         while True:
             try:
                 os.link(upload.path, target)
@@ -274,7 +382,9 @@ class Storage:
                 return upload.is_file(target)  # itself: NFS may repeat a link that it has made
             # Between the next renaming and the link nothing has the name. Should this process die there, `sweep` finds the
             # name behind that of the upload and finishes the work.
-            upload.move(upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{name}"))
+            if upload.path != bound:
+                upload.move(bound)
+            self._make_subfolders()
             aside = self.folder / REPLACED / f"{name}.{uuid.uuid4().hex}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, aside)
@@ -302,6 +412,7 @@ class Storage:
         if upload.size > self.max_rejected:
             return
         folder = self.folder / REJECTED
+        self._make_subfolders()
         with _os_errors():
             upload.move(folder / f"{time.time_ns()}.{name}.{uuid.uuid4().hex[:8]}")
             upload.close()
@@ -326,7 +437,7 @@ class Storage:
         try:
             if not self._is_dead(path, fd):
                 return
-            _, bound, name = path.rpartition(_BOUND_FOR)
+            _, bound, name = os.path.basename(path).partition(_BOUND_FOR)
             if bound:
                 with contextlib.suppress(FileExistsError):
                     os.link(path, self.folder / name)
@@ -349,12 +460,13 @@ class Storage:
 
     # --- receipts ------------------------------------------------------------------------------------------------------
 
-    def append_receipt(self, receipt: dict[str, Any]) -> None:
-        """Append one JSON line to the receipts of the run and put it on the disk."""
-        path = self.folder / RECEIPTS / f"{receipt['run']}.jsonl"
+    def append_receipt(self, receipt: dict[str, Any], began: float) -> None:
+        """Append one JSON line to the receipts of the run, with the seconds since `began`, and put it on the disk."""
+        receipt["seconds"] = round(time.monotonic() - began, 6)
+        path = self._receipts_path(receipt["run"])
         line = json.dumps(receipt).encode() + b"\n"
         with _os_errors():
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 with contextlib.suppress(OSError):  # a file system without locks has its appends
                     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -365,13 +477,54 @@ class Storage:
                     if os.write(fd, line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(fd)
+                    if not size:
+                        _sync_folder(path.parent)
                 except BaseException:
                     os.ftruncate(fd, size)
                     raise
             finally:
                 os.close(fd)
-            if not size:
-                _sync_folder(path.parent)
+
+    def runs(self) -> list[int]:
+        """Return the runs that have receipts, sorted."""
+        with _os_errors(), os.scandir(self.folder / RECEIPTS) as entries:
+            return sorted(int(match[1]) for entry in entries if (match := _RECEIPTS_NAME.fullmatch(entry.name)))
+
+    def run(self, run: int) -> RunRecord:
+        """Return what the receipts of a run say so far; raises NoSuchRun."""
+        record = self._runs.setdefault(run, RunRecord(self._receipts_path(run)))
+        try:
+            record.update()
+        except Unavailable as error:
+            self._runs.pop(run, None)
+            raise NoSuchRun(f"There is no run {run}") from error
+        return record
+
+    def receipts_tag(self, run: int) -> str:
+        """Return what changes whenever the receipts of a run do; raises NoSuchRun."""
+        try:
+            status = self._receipts_path(run).stat()
+        except OSError as error:
+            raise NoSuchRun(f"There is no run {run}") from error
+        return f"{status.st_ino:x}-{status.st_size:x}"
+
+    def _receipts_path(self, run: int) -> Path:
+        return self.folder / RECEIPTS / f"{run}.jsonl"
+
+    def uploads_in_progress(self) -> int:
+        """Return how many uploads are under way, through whatever process and host."""
+        with _os_errors(), os.scandir(self.folder / INCOMING) as entries:
+            return sum(1 for _ in entries)
+
+    def check_health(self) -> None:
+        """Write, read and remove a small hidden file; raises NoRoom or Unavailable."""
+        probe = self.new_upload()
+        try:
+            probe.write(b"health")
+            if probe.has_bytes_of(probe.path) is not True:
+                raise Unavailable("The data folder cannot be written: it does not give back what was written")
+        finally:
+            probe.discard()
 
     # --- accepted files ------------------------------------------------------------------------------------------------
 
@@ -393,6 +546,8 @@ class Storage:
             # O_NONBLOCK: opening a pipe must not wait for its other end.
             fd = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_FILE:
+                raise
             raise NoSuchFile(f"There is no file {name!r}") from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -420,3 +575,8 @@ def _host_id() -> str:
 def now() -> str:
     """Return the time in UTC as receipts have it."""
     return datetime.now(timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def seconds_of(received_at: str) -> float:
+    """Return the Unix seconds of such a time."""
+    return datetime.fromisoformat(received_at.replace("Z", "+00:00")).timestamp()

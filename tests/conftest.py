@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -25,6 +27,10 @@ TOKEN = "abcd"
 HEADERS = {"token": TOKEN, "runNumber": "123", "timeStamp": "234", "amoreAgent": "testagent", "dataStatus": "1"}
 NAME = "testagenthistos_123_DQM_1970_01_01_01_03_54.root"  # what these headers call a file
 FILES = "/rest/api/files"
+
+# How often an experiment with chance in it is repeated, and where its chance begins.
+ROUNDS = int(os.environ.get("DQM_FAULT_ROUNDS", "3"))
+SEED = int(os.environ.get("DQM_FAULT_SEED", "1"))
 
 # Three valid files of different content.
 HISTOGRAMS = (DATA / "h1_all.root").read_bytes()
@@ -174,3 +180,99 @@ def make_server(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]
 @pytest.fixture
 def server(make_server: Callable[..., Server]) -> Server:
     return make_server()
+
+
+class Reply(NamedTuple):
+    """What an upload in this process was answered."""
+
+    status: int
+    json: Any
+
+
+def post(port: int, body: bytes, headers: Mapping[str, str] = HEADERS, seconds: float = 60.0) -> Reply:
+    """Upload a file to 127.0.0.1 without the cost of a curl process; raises OSError or HTTPException without an answer."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)) as connection:
+        connection.request("POST", FILES, body, dict(headers))
+        response = connection.getresponse()
+        return Reply(response.status, json.loads(response.read()))
+
+
+@pytest.fixture
+def make_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Return a function that mounts a small file system, options as `size=1m,nr_inodes=100`."""
+    mounted: list[Path] = []
+
+    def make(options: str) -> Path:
+        point = tmp_path / f"tmpfs{len(mounted)}"
+        point.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("mount is not installed")
+        if run.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {run.stderr.strip()}")
+        mounted.append(point)
+        return point
+
+    yield make
+    for point in mounted:
+        subprocess.run(["umount", "--lazy", str(point)], check=True)
+
+
+# --- long experiments --------------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="a long form of an experiment: run with -m slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begin_early(request: pytest.FixtureRequest) -> None:
+    """Begin what takes long but costs nothing before the first test, so that the other tests run beside it."""
+    if any("long_drip" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        # Whatever goes wrong is raised again for the test that asks for it.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            request.getfixturevalue("long_drip")
+
+
+LONG_DRIP = 45  # seconds, more than the 30 s after which gunicorn by default takes a worker for stuck
+
+_DRIP = """
+import socket, sys, time
+port, path, seconds, headers = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+body = open(path, "rb").read()
+begin = time.monotonic()
+with socket.create_connection(("127.0.0.1", port)) as peer:
+    peer.sendall(f"POST {headers}Content-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n".encode())
+    peer.sendall(body[:-seconds])
+    for at in range(len(body) - seconds, len(body)):
+        time.sleep(1)
+        peer.sendall(body[at : at + 1])
+    answer = b""
+    while piece := peer.recv(65536):
+        answer += piece
+print(time.monotonic() - begin, answer.decode().splitlines()[0])
+"""
+
+
+@pytest.fixture(scope="session")
+def long_drip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A sender whose file takes 45 s, to a server of its own with the shipped gunicorn.conf.py; and the data folder."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    base = tmp_path_factory.mktemp("long_drip")
+    server = Server(settings(base / "data"), base / "gunicorn.log", ())
+    head = f"{FILES} HTTP/1.1\r\nHost: localhost\r\n" + "".join(f"{name}: {HEADERS[name]}\r\n" for name in HEADERS)
+    sender = subprocess.Popen(
+        [sys.executable, "-c", _DRIP, str(server.port), str(DATA / "h1_all.root"), str(LONG_DRIP), head],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield sender, base / "data"
+    sender.kill()
+    sender.communicate()
+    server.stop()
