@@ -37,7 +37,16 @@ control_socket_disable = True
 
 
 class worker_class(ThreadWorker):
-    """Answers in JSON, like the application, what gunicorn itself refuses: requests that are no HTTP."""
+    """gunicorn's threads, but its own refusals (of requests that are no HTTP) are JSON, too, and nobody waits for a client
+    that does not close its connection."""
+
+    def handle(self, conn: Any) -> Any:
+        """Serve a request and, where it was the last, wait here for the client to close, not in the thread that accepts."""
+        keep = super().handle(conn)
+        if keep is False:
+            conn.close(graceful=True)
+            conn.close = lambda graceful=False: None
+        return keep
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         status, message = 400, f"Bad request: {exc}"

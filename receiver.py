@@ -407,7 +407,7 @@ class Receiver:
         if headers.sha256 is not None and headers.sha256 != upload.sha256:
             message = f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}"
             raise Refusal(message, reason_class="sha256")
-        with self.validating:
+        with self.validating, storage.os_errors():
             began = time.monotonic()
             try:
                 return rootcheck.check_root_file(upload.path)

@@ -87,7 +87,7 @@ _UNAVAILABLE = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EP
 
 
 @contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
+def os_errors() -> Iterator[None]:
     """Say what an OSError means for the folder; one that means nothing of the kind passes."""
     try:
         yield
@@ -137,7 +137,7 @@ class Upload:
             self._storage.check_room(len(data))
             self._room_checked = size
         view = memoryview(data)
-        with _os_errors():
+        with os_errors():
             while view:
                 view = view[os.write(self._fd, view) :]
         self._hash.update(data)
@@ -150,7 +150,7 @@ class Upload:
 
     def sync(self) -> None:
         """Put the bytes on the disk."""
-        with _os_errors():
+        with os_errors():
             os.fsync(self._fd)
 
     def has_bytes_of(self, path: Path) -> bool | None:
@@ -267,7 +267,7 @@ class RunRecord:
 
     def update(self) -> None:
         """Read the receipts that have come since the last time."""
-        with self._lock, _os_errors(), self.path.open("rb") as file:
+        with self._lock, os_errors(), self.path.open("rb") as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._file or status.st_size < self._read:  # a different file: archived, restored
                 self._clear()
@@ -314,7 +314,7 @@ class Storage:
         if time.monotonic() - self._swept > _SWEEP_INTERVAL:
             self.sweep()
         self.check_room(0)
-        with _os_errors():
+        with os_errors():
             return Upload(self)
 
     def check_room(self, size: int) -> None:
@@ -324,7 +324,7 @@ class Storage:
 
     def free_space(self) -> int:
         """Return the bytes that are free on the folder's disk."""
-        with _os_errors():
+        with os_errors():
             disk = os.statvfs(self.folder)
         return disk.f_bavail * disk.f_frsize
 
@@ -355,15 +355,17 @@ class Storage:
         upload.sync()
         named, set_aside = False, list[Path]()
         try:
-            with _os_errors():
+            with os_errors():
                 named = self._give_name(upload, name, set_aside)
                 _sync_folder(self.folder)
                 upload.finish()
             receipt["outcome"] = "duplicate" if not named else "replaced" if set_aside else "stored"
             self.append_receipt(receipt, began)
         except BaseException:
-            if named or set_aside:
-                self._withdraw(upload, name, set_aside)
+            upload.discard()
+            if named:
+                self._withdraw(upload, name)
+            self._restore(name, set_aside)
             raise
 
     def _give_name(self, upload: Upload, name: str, set_aside: list[Path]) -> bool:
@@ -391,29 +393,31 @@ class Storage:
                 set_aside.append(aside)
                 _sync_folder(aside.parent)
 
-    def _withdraw(self, upload: Upload, name: str, set_aside: list[Path]) -> None:
-        """Undo `_give_name` as far as the disk allows, without touching what others have done since."""
+    def _withdraw(self, upload: Upload, name: str) -> None:
+        """Take the name from an upload again, as far as the disk allows, but not from what others have put there since."""
         target = self.folder / name
         taken = self.folder / REPLACED / f"{name}.{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):
             os.rename(target, taken)
-            if not upload.is_file(taken):  # somebody has replaced it meanwhile
+            if not upload.is_file(taken):
                 os.link(taken, target)
             os.unlink(taken)
-        for aside in reversed(set_aside):
+
+    def _restore(self, name: str, set_aside: list[Path]) -> None:
+        """Give the name back to what was set aside last, as far as the disk allows, unless others have it by now."""
+        for aside in set_aside[-1:]:
             with contextlib.suppress(OSError):
-                os.link(aside, target)
+                os.link(aside, self.folder / name)
                 os.unlink(aside)
-        with contextlib.suppress(OSError):
-            _sync_folder(self.folder)
+                _sync_folder(self.folder)
 
     def reject(self, upload: Upload, name: str) -> None:
         """Keep an invalid upload in `.rejected/` for a look, the newest of them within the bound."""
         if upload.size > self.max_rejected:
             return
         folder = self.folder / REJECTED
-        self._make_subfolders()
-        with _os_errors():
+        with os_errors():
+            self._make_subfolders()
             upload.move(folder / f"{time.time_ns()}.{name}.{uuid.uuid4().hex[:8]}")
             upload.close()
         kept = 0
@@ -465,7 +469,7 @@ class Storage:
         receipt["seconds"] = round(time.monotonic() - began, 6)
         path = self._receipts_path(receipt["run"])
         line = json.dumps(receipt).encode() + b"\n"
-        with _os_errors():
+        with os_errors():
             fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 with contextlib.suppress(OSError):  # a file system without locks has its appends
@@ -483,11 +487,12 @@ class Storage:
                     os.ftruncate(fd, size)
                     raise
             finally:
-                os.close(fd)
+                with contextlib.suppress(OSError):  # the line is on the disk
+                    os.close(fd)
 
     def runs(self) -> list[int]:
         """Return the runs that have receipts, sorted."""
-        with _os_errors(), os.scandir(self.folder / RECEIPTS) as entries:
+        with os_errors(), os.scandir(self.folder / RECEIPTS) as entries:
             return sorted(int(match[1]) for entry in entries if (match := _RECEIPTS_NAME.fullmatch(entry.name)))
 
     def run(self, run: int) -> RunRecord:
@@ -513,7 +518,7 @@ class Storage:
 
     def uploads_in_progress(self) -> int:
         """Return how many uploads are under way, through whatever process and host."""
-        with _os_errors(), os.scandir(self.folder / INCOMING) as entries:
+        with os_errors(), os.scandir(self.folder / INCOMING) as entries:
             return sum(1 for _ in entries)
 
     def check_health(self) -> None:
@@ -531,7 +536,7 @@ class Storage:
     def names(self, wanted: Callable[[str, int], bool] = lambda agent, run: True) -> list[str]:
         """Return the names of the accepted files whose agent (as in names) and run are wanted, sorted."""
         names = []
-        with _os_errors(), os.scandir(self.folder) as entries:
+        with os_errors(), os.scandir(self.folder) as entries:
             for entry in entries:
                 match = _NAME.fullmatch(entry.name)
                 if match and wanted(match["agent"], int(match["run"])) and entry.is_file(follow_symlinks=False):
