@@ -173,8 +173,8 @@ def _read_header(file: _File) -> _Header:
         raise InvalidRootFile(f"header: the records are said to reach from byte {begin} to byte {end}")
     if end > file.size:
         raise InvalidRootFile(f"the file is cut short: it has {file.size} bytes of the {end} its header names")
-    if units not in (4, 8):  # uproot 3 wrote 4 into files with 8-byte positions
-        raise InvalidRootFile(f"header: positions of {units} bytes, not of 4 or 8")
+    if units != (8 if is_64bit else 4):
+        raise InvalidRootFile(f"header: positions of {units} bytes in a file of version {version}")
     return _Header(begin, end, free_list, free_list_size, free_segments, name_size, info, info_size)
 
 
@@ -202,6 +202,8 @@ _KEY_64 = struct.Struct(">ihiIhhqq")  # where fVersion is above 1000
 _KEY_SIZES = struct.Struct(">ihiIh")  # what both have in common
 _PROCESS_ID_BITS = (1 << 48) - 1  # the 16 bits above these in a 64-bit fSeekPdir are TKey's fPidOffset
 _SHORTEST_KEY = _KEY.size + 3  # three empty strings
+_BASKET = struct.Struct(">iiB")  # fNevBuf, fLast and a flag, with which the key of a TBasket ends
+_BASKET_SIZES = (19, 20)  # bytes of TBasket's own fields in all
 _LONGEST_KEY = (1 << 15) + 4  # fKeylen has 15 bits; 4 more where TDirectory is listed as TDirectoryFile
 
 
@@ -234,7 +236,7 @@ def _parse_key(data: bytes, at: int, end: int) -> tuple[_Key, int]:
     if length != key_size:
         # TBasket adds fields of its own to the key. Where ROOT 5 and 6 store a TDirectoryFile as TDirectory, the key
         # list has the long name behind the length of a key with the short one.
-        if class_name == b"TBasket" and length < key_size:
+        if class_name == b"TBasket" and key_size - length in _BASKET_SIZES:
             length = key_size
         elif class_name != b"TDirectoryFile" or length != key_size + 4:
             raise InvalidRootFile(f"has {key_size} bytes, but its class, name and title make it {length}")
@@ -270,6 +272,14 @@ class _Tree(NamedTuple):
             raise InvalidRootFile(f"{what}: the record at byte {position} has a place elsewhere, too")
         self.heads[position] = head
 
+    def refer_unlisted(self, file: _File, start: int, end: int, what: object) -> _Key:
+        """Note a record that has no copy of its key elsewhere, and return the key."""
+        key, head = _read_key(file, start, end, what)
+        if key.position != start:
+            raise InvalidRootFile(f"{what}: the key at byte {start} says that it is at byte {key.position}")
+        self.refer(start, head, what)
+        return key
+
     def newest(self) -> list[_Key]:
         """The keys of the root directory without older cycles, in the order of the directory."""
         newest: dict[bytes, _Key] = {}
@@ -288,6 +298,7 @@ class _Directory(NamedTuple):
     position: int  # of its record
     start: int  # of its own fields
     end: int  # of its record
+    parent: int  # position of the directory it is in
     depth: int
 
     def __str__(self) -> str:
@@ -296,19 +307,18 @@ class _Directory(NamedTuple):
 
 def _read_directories(file: _File, header: _Header) -> _Tree:
     tree = _Tree({}, [], {})
-    root, head = _read_key(file, header.begin, header.end, "root directory")
-    tree.refer(header.begin, head, "root directory")
+    root = tree.refer_unlisted(file, header.begin, header.end, "root directory")
     # A stack and not recursion: the depth is the file's to choose.
-    pending = [_Directory(header.begin, header.begin + header.name_size, header.begin + root.size, 0)]
-    positions = {0, header.begin}
+    pending = [_Directory(header.begin, header.begin + header.name_size, header.begin + root.size, 0, 0)]
+    directories = 1
     while pending:
         directory = pending.pop()
-        key_list, key_list_size = _read_directory(file, header, directory, positions)
+        key_list, key_list_size = _read_directory(file, header, directory)
         for key in _list_keys(file, header, directory, key_list, key_list_size, tree) if key_list else ():
             start, end = key.position + key.key_size, key.position + key.size
-            pending.append(_Directory(key.position, start, end, directory.depth + 1))
-            positions.add(key.position)
-        if len(positions) > MAX_DIRECTORIES or directory.depth > MAX_DEPTH:
+            pending.append(_Directory(key.position, start, end, directory.position, directory.depth + 1))
+            directories += 1
+        if directories > MAX_DIRECTORIES or directory.depth > MAX_DEPTH:
             raise InvalidRootFile(f"more than {MAX_DIRECTORIES} directories, or nested more than {MAX_DEPTH} deep")
         file.check_time()
     if not tree.top:
@@ -316,7 +326,7 @@ def _read_directories(file: _File, header: _Header) -> _Tree:
     return tree
 
 
-def _read_directory(file: _File, header: _Header, directory: _Directory, positions: set[int]) -> tuple[int, int]:
+def _read_directory(file: _File, header: _Header, directory: _Directory) -> tuple[int, int]:
     """Check a directory's own fields; return position and size of its key list."""
     size = directory.end - directory.start
     if size < _DIRECTORY.size or directory.end > header.end:
@@ -328,7 +338,7 @@ def _read_directory(file: _File, header: _Header, directory: _Directory, positio
             raise InvalidRootFile(f"{directory}: {size} bytes are too few for a directory of version {version}")
         version, _, _, key_list_size, name_size, own, parent, key_list = _DIRECTORY_64.unpack_from(data, at)
     # ROOT 6.08 calls the root directory the parent of a directory in another one.
-    if own != directory.position or parent not in positions:
+    if own != directory.position or parent not in (directory.parent, header.begin if directory.depth else 0):
         raise InvalidRootFile(f"{directory}: says that it is at byte {own}, in the directory at byte {parent}")
     if name_size != directory.start - directory.position:
         raise InvalidRootFile(f"{directory}: begins with a name of {name_size} bytes, its record says otherwise")
@@ -342,8 +352,7 @@ def _read_directory(file: _File, header: _Header, directory: _Directory, positio
 
 def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, size: int, tree: _Tree) -> list[_Key]:
     """Note in the tree what a directory's key list refers to; return the keys of directories among it."""
-    own, head = _read_key(file, start, start + size, directory)
-    tree.refer(start, head, directory)
+    own = tree.refer_unlisted(file, start, start + size, directory)
     if own.size != size:
         raise InvalidRootFile(f"{directory}: key list at byte {start} has {own.size} bytes and not {size}")
     at, end = start + own.key_size, start + size
@@ -387,8 +396,10 @@ _FREE_64 = struct.Struct(">hqq")  # where fVersion is above 1000
 def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
     """Check every record from the first byte to the last; return the names of top-level objects by position."""
     holes = _read_free_list(file, header, tree)
-    if header.streamer_info:
-        _refer_to(file, header, tree, "streamer info", header.streamer_info, header.streamer_info_size)
+    if header.streamer_info or header.streamer_info_size:
+        info = _refer_to(file, header, tree, "streamer info", header.streamer_info, header.streamer_info_size)
+        if (info.class_name, info.name) != (b"TList", b"StreamerInfo"):
+            raise InvalidRootFile(f"header: the {info} is no streamer info")
     wanted = {key.position: key for key in tree.newest()}
     names: dict[int, str] = {}
     heads = tree.heads
@@ -433,9 +444,10 @@ def _read_unlike(file: _File, header: _Header, tree: _Tree, position: int, liste
     That is `position` itself, where there is a record after all: listed with another title, or in no key list.
     """
     size = _read_int(file, position) if header.end - position >= 4 else 0
-    if size < 0:  # the record was deleted
+    # A deleted record, which stands in the list of free segments, too, unless that was never written.
+    if size < 0 and listed is None and not header.free_list:
         return position - size
-    if size == 0:
+    if size == 0 and listed is None:
         return _skip_zeros(file, position, header.end)
     key, head = _read_key(file, position, header.end, "record")
     if key.position != position or position + size > header.end:
@@ -445,26 +457,36 @@ def _read_unlike(file: _File, header: _Header, tree: _Tree, position: int, liste
             raise InvalidRootFile(f"{key} stands behind the last key of a key list: the number of keys is wrong")
         if key.class_name == b"RBlob":  # pages of an RNTuple, which compresses them in its own way
             return position + size
+        if key.class_name == b"TBasket":
+            _check_basket(key, head)
     elif not _same(listed, key):
         raise InvalidRootFile(f"{key}: its key differs from the copy in the key list")
     return position
 
 
+def _check_basket(key: _Key, head: bytes) -> None:
+    """Compare a basket's number of entries and end of data with its size: behind the data come no, one or two arrays."""
+    entries, last, _ = _BASKET.unpack_from(head, len(head) - _BASKET.size)
+    behind = key.object_size - (last - key.key_size)
+    array = 4 * entries + 8  # TBuffer::WriteArray: its length, and an offset for each entry and for the end
+    if last < key.key_size or behind not in (0, array, 2 * array):
+        raise InvalidRootFile(f"{key}: {entries} entries, data to byte {last} and {key.object_size} bytes do not fit")
+
+
 def _same(listed: bytes, key: _Key) -> bool:
-    """Whether the bytes of a listed key say the same as the key of the record, but for title, date and directory."""
+    """Whether the bytes of a listed key say the same as the key of the record, but for title and date."""
     copy, _ = _parse_key(listed, 0, len(listed))
     if copy.class_name == b"TDirectoryFile":
         copy = copy._replace(class_name=key.class_name)
-    return copy[:7] == key[:7]
+    return copy == key
 
 
 def _refer_to(file: _File, header: _Header, tree: _Tree, what: str, position: int, size: int) -> _Key:
     if not header.begin < position < position + size <= header.end:
         raise InvalidRootFile(f"header: {what} of {size} bytes at byte {position}, outside the file")
-    key, head = _read_key(file, position, position + size, what)
+    key = tree.refer_unlisted(file, position, position + size, what)
     if key.size != size:
         raise InvalidRootFile(f"{what} at byte {position} has {key.size} bytes, the header says {size}")
-    tree.refer(position, head, what)
     return key
 
 
@@ -494,8 +516,9 @@ def _read_free_list(file: _File, header: _Header, tree: _Tree) -> dict[int, int]
         if first < header.end:
             holes[first] = last + 1
         at += form.size
-    if first != header.end:
-        raise InvalidRootFile(f"{what}: the last one begins at byte {first}, not at the end, byte {header.end}")
+    # The last segment is the room behind the file, which grows in steps of 1 GB (TFree::GetBestFree).
+    if first != header.end or last % 1_000_000_000 or last < 2_000_000_000:
+        raise InvalidRootFile(f"{what}: the last one, {first} to {last}, is not the room behind byte {header.end}")
     if not _is_zero(file, at, end):
         raise InvalidRootFile(f"{what}: something else behind its {header.free_segments} segments")
     return holes
