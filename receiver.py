@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import sysconfig
 import threading
 import time
 from base64 import b64encode
@@ -258,6 +259,7 @@ class Receiver:
                 Rule("/rest/api/runs", methods=["GET"], endpoint=self.list_runs),
                 Rule("/rest/api/runs/<run>", methods=["GET"], endpoint=self.describe_run),
                 Rule("/rest/api/health", methods=["GET"], endpoint=self.health),
+                Rule("/rest/api/openapi.json", methods=["GET"], endpoint=self.describe_api),
                 Rule("/metrics", methods=["GET"], endpoint=self.metrics),
                 Rule("/", endpoint=self.not_implemented),
             ],
@@ -283,7 +285,7 @@ class Receiver:
         except HTTPException:
             self.check_token(request)  # without one, nobody learns what there is
             raise
-        if handler not in (self.health, self.metrics):
+        if handler not in (self.health, self.metrics, self.describe_api):
             request.sender = self.check_token(request)
         response: Response = handler(request, **arguments)
         return response
@@ -335,8 +337,8 @@ class Receiver:
             self.record_refusal(receipt, refusal, began)
             raise
         finally:
-            for upload in uploads:
-                upload.discard()
+            for begun in uploads:
+                begun.discard()
         log_upload(receipt)
         answer = {
             "status": 200,
@@ -512,6 +514,13 @@ class Receiver:
         registry.register(Collector(self.storage))
         return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
+    def describe_api(self, request: AgentRequest) -> Response:
+        """GET /rest/api/openapi.json: give out openapi.yaml, which is JSON and so YAML, too."""
+        path = Path(__file__).with_name("openapi.yaml")  # in a checkout; else where setup.cfg has it installed
+        if not path.exists():
+            path = Path(sysconfig.get_path("data"), "share", "dqm-receiver", path.name)
+        return Response(path.read_bytes(), mimetype="application/json")
+
     def not_implemented(self, request: AgentRequest) -> Response:
         """/: senders use this to try their token."""
         raise Refusal("Not implemented")
@@ -578,11 +587,16 @@ def send_file(request: AgentRequest, file: BinaryIO) -> Response:
     response.set_etag(f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
     if parse_dict_header(request.headers.get("Want-Repr-Digest", "")).get("sha-256", "0") != "0":
         response.headers["Repr-Digest"] = f"sha-256=:{b64encode(sha256_of(file)).decode()}:"  # RFC 9530
-    # Conditions come before ranges, and a range of several pieces may be ignored (RFC 9110, 13.2.2 and 14.2).
-    modified = is_resource_modified(request.environ, response.headers["ETag"], last_modified=response.last_modified)
+    # Conditions come before ranges; what is no single range of bytes may be ignored (RFC 9110, 13.2.2 and 14.2).
+    environ = request.environ
+    if request.if_match.star_tag:  # which the file meets and Werkzeug does not know
+        environ = {name: value for name, value in environ.items() if name != "HTTP_IF_MATCH"}
+    modified = is_resource_modified(environ, response.headers["ETag"], last_modified=response.last_modified)
     ranges = request.range if request.method == "GET" and modified else None
     single = ranges is not None and ranges.units == "bytes" and len(ranges.ranges) == 1
-    response.make_conditional(request, accept_ranges=single, complete_length=status.st_size)
+    if ranges is not None and single and -(ranges.ranges[0][0] or 0) > status.st_size:
+        single = False  # the last so many bytes, which are more than there are
+    response.make_conditional(environ, accept_ranges=single, complete_length=status.st_size)
     since = request.if_unmodified_since
     late = not request.if_match and since is not None and response.last_modified > since
     if response.status_code == 412 or late:
@@ -593,8 +607,8 @@ def send_file(request: AgentRequest, file: BinaryIO) -> Response:
     if request.method == "HEAD" or response.status_code not in (200, 206):
         file.close()
         response.response = []
-    elif start + length == status.st_size or request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
-        # The server may have the kernel copy the file; gunicorn stops at Content-Length, others at the end of the file.
+    elif length == status.st_size or request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
+        # The server may have the kernel copy the file; gunicorn copies the range, others (uWSGI) the file from its start.
         file.seek(start)
         response.response = wrap_file(request.environ, file, _CHUNK)
     else:

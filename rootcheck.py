@@ -77,11 +77,7 @@ def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
         names = _walk_records(file, header, tree)
         newest = tree.newest()
         _compare_with_uproot(file, tree.top)
-    objects = {}
-    for key in newest:
-        key_name, class_name = _text(key.name), _text(key.class_name)
-        objects[key_name] = RootObject(names.get(key.position, key_name), class_name)
-    return objects
+    return {key.name: RootObject(names.get(key.position, key.name), key.class_name) for key in newest}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -175,6 +171,8 @@ def _read_header(file: _File) -> _Header:
         raise InvalidRootFile(f"the file is cut short: it has {file.size} bytes of the {end} its header names")
     if units != (8 if is_64bit else 4):
         raise InvalidRootFile(f"header: positions of {units} bytes in a file of version {version}")
+    if not 0 < name_size < end - begin:
+        raise InvalidRootFile(f"header: a name of {name_size} bytes for the root directory")
     return _Header(begin, end, free_list, free_list_size, free_segments, name_size, info, info_size)
 
 
@@ -189,12 +187,12 @@ class _Key(NamedTuple):
     key_size: int  # fKeylen: of the key itself; the payload follows
     cycle: int
     position: int  # fSeekKey: of the record
-    class_name: bytes
-    name: bytes
+    class_name: str
+    name: str
     directory: int  # fSeekPdir: position of the directory's record
 
     def __str__(self) -> str:
-        return f"record at byte {self.position} ({_text(self.class_name[:80])} {_text(self.name[:80])})"
+        return f"record at byte {self.position} ({self.class_name[:80]} {self.name[:80]})"
 
 
 _KEY = struct.Struct(">ihiIhhii")  # fNbytes, fVersion, fObjlen, fDatime, fKeylen, fCycle, fSeekKey, fSeekPdir
@@ -230,9 +228,15 @@ def _parse_key(data: bytes, at: int, end: int) -> tuple[_Key, int]:
         to = at + _KEY_64.size
     if not (to + 3 - at <= key_size <= size and object_size >= 0):
         raise InvalidRootFile(f"has impossible lengths (record {size}, key {key_size}, object {object_size})")
-    class_name, to = _read_string(data, to)
-    name, to = _read_string(data, to)
-    length = _read_string(data, to)[1] - at
+    class_at = to + 1
+    class_end = class_at + data[to]
+    if class_end < len(data) and data[to] < 255 and data[class_end] < 255:  # as in nearly every key; for speed
+        class_name, name_end = data[class_at:class_end], class_end + 1 + data[class_end]
+        name = data[class_end + 1 : name_end]
+    else:
+        class_name, to = _read_string(data, to)
+        name, name_end = _read_string(data, to)
+    length = _read_string(data, name_end)[1] - at
     if length != key_size:
         # TBasket adds fields of its own to the key. Where ROOT 5 and 6 store a TDirectoryFile as TDirectory, the key
         # list has the long name behind the length of a key with the short one.
@@ -242,7 +246,7 @@ def _parse_key(data: bytes, at: int, end: int) -> tuple[_Key, int]:
             raise InvalidRootFile(f"has {key_size} bytes, but its class, name and title make it {length}")
     if length > end - at:
         raise InvalidRootFile(f"has {length} bytes where only {end - at} are left")
-    return _Key(size, object_size, key_size, cycle, position, class_name, name, directory), length
+    return _Key(size, object_size, key_size, cycle, position, _text(class_name), _text(name), directory), length
 
 
 def _read_string(data: _Bytes, at: int) -> tuple[_Bytes, int]:
@@ -282,7 +286,7 @@ class _Tree(NamedTuple):
 
     def newest(self) -> list[_Key]:
         """The keys of the root directory without older cycles, in the order of the directory."""
-        newest: dict[bytes, _Key] = {}
+        newest: dict[str, _Key] = {}
         for key in self.top:
             if key.name not in newest or newest[key.name].cycle < key.cycle:
                 newest[key.name] = key
@@ -291,7 +295,7 @@ class _Tree(NamedTuple):
 
 _DIRECTORY = struct.Struct(">hIIiiiii")  # fVersion, two dates, fNbytesKeys, fNbytesName, fSeekDir, -Parent, -Keys
 _DIRECTORY_64 = struct.Struct(">hIIiiqqq")  # where fVersion is above 1000
-_DIRECTORY_CLASSES = (b"TDirectory", b"TDirectoryFile")
+_DIRECTORY_CLASSES = ("TDirectory", "TDirectoryFile")
 
 
 class _Directory(NamedTuple):
@@ -398,7 +402,7 @@ def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
     holes = _read_free_list(file, header, tree)
     if header.streamer_info or header.streamer_info_size:
         info = _refer_to(file, header, tree, "streamer info", header.streamer_info, header.streamer_info_size)
-        if (info.class_name, info.name) != (b"TList", b"StreamerInfo"):
+        if (info.class_name, info.name) != ("TList", "StreamerInfo"):
             raise InvalidRootFile(f"header: the {info} is no streamer info")
     wanted = {key.position: key for key in tree.newest()}
     names: dict[int, str] = {}
@@ -408,7 +412,7 @@ def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
         records += 1
         if records > MAX_RECORDS:
             raise InvalidRootFile(f"more than {MAX_RECORDS} records")
-        if records % 256 == 0:
+        if not records % 256:
             file.check_time()
         if position in holes:
             position = holes.pop(position)
@@ -455,9 +459,9 @@ def _read_unlike(file: _File, header: _Header, tree: _Tree, position: int, liste
     if listed is None:
         if tree.uncounted.get(position) == head:
             raise InvalidRootFile(f"{key} stands behind the last key of a key list: the number of keys is wrong")
-        if key.class_name == b"RBlob":  # pages of an RNTuple, which compresses them in its own way
+        if key.class_name == "RBlob":  # pages of an RNTuple, which compresses them in its own way
             return position + size
-        if key.class_name == b"TBasket":
+        if key.class_name == "TBasket":
             _check_basket(key, head)
     elif not _same(listed, key):
         raise InvalidRootFile(f"{key}: its key differs from the copy in the key list")
@@ -476,7 +480,7 @@ def _check_basket(key: _Key, head: bytes) -> None:
 def _same(listed: bytes, key: _Key) -> bool:
     """Whether the bytes of a listed key say the same as the key of the record, but for title and date."""
     copy, _ = _parse_key(listed, 0, len(listed))
-    if copy.class_name == b"TDirectoryFile":
+    if copy.class_name == "TDirectoryFile":
         copy = copy._replace(class_name=key.class_name)
     return copy == key
 
@@ -671,20 +675,54 @@ _IS_REFERENCED = 0x10  # the TObject bit behind whose bits two more bytes follow
 _VERSION = struct.Struct(">IH")  # byte count, class version
 _OBJECT = struct.Struct(">HII")  # class version, fUniqueID, fBits
 _COLLECTIONS = frozenset(
-    b"TObjArray TList THashList TSortedList TOrdCollection TMap THashTable TBtree TClonesArray TRefArray".split()
+    [
+        "TObjArray",
+        "TList",
+        "THashList",
+        "TSortedList",
+        "TOrdCollection",
+        "TMap",
+        "THashTable",
+        "TBtree",
+        "TClonesArray",
+        "TRefArray",
+    ]
 )
-_STRING_BEHIND_OBJECT = frozenset(b"TObjString TParameter TStatistic".split())
+_STRING_BEHIND_OBJECT = frozenset(["TObjString", "TParameter", "TStatistic"])
 _NAMELESS = frozenset(
-    b"""TObject TBits TExMap TRef TUrl TMatrixT TMatrixTSym TMatrixTSparse TVectorT TVector2 TVector3 TLorentzVector TRotation
-    TLine TBox TMarker TEllipse TArrow TPolyLine TPolyMarker TCurlyArc TFeldmanCousins TLimitDataSource""".split()
+    [
+        "TObject",
+        "TBits",
+        "TExMap",
+        "TRef",
+        "TUrl",
+        "TMatrixT",
+        "TMatrixTSym",
+        "TMatrixTSparse",
+        "TVectorT",
+        "TVector2",
+        "TVector3",
+        "TLorentzVector",
+        "TRotation",
+        "TLine",
+        "TBox",
+        "TMarker",
+        "TEllipse",
+        "TArrow",
+        "TPolyLine",
+        "TPolyMarker",
+        "TCurlyArc",
+        "TFeldmanCousins",
+        "TLimitDataSource",
+    ]
 )
 
 
 def _object_name(key: _Key, payload: bytes | bytearray) -> str:
     """The object's own name, as its GetName() gives it, where class and beginning of its payload tell; or the key's name."""
-    class_name = key.class_name.partition(b"<")[0]
+    class_name = key.class_name.partition("<")[0]
     if class_name in _NAMELESS:
-        return _text(key.class_name)
+        return key.class_name
     payload = bytes(payload[:_NAME_BYTES])
     at = end = 0
     while at + _VERSION.size + _OBJECT.size < len(payload):
@@ -694,14 +732,16 @@ def _object_name(key: _Key, payload: bytes | bytearray) -> str:
         end = at + 4 + (count ^ _BYTE_COUNT)
         at += _VERSION.size
     if not at or at + _OBJECT.size > len(payload):
-        return _text(key.name)
-    _, _, bits = _OBJECT.unpack_from(payload, at)
+        return key.name
+    version, _, bits = _OBJECT.unpack_from(payload, at)
     at += _OBJECT.size + (2 if bits & _IS_REFERENCED else 0)
     name, at = _read_string(payload, at)
     # A class version whose bytes are a TObject and two strings is that of TNamed, whatever the name of its heir.
-    if _read_string(payload, at)[1] == end or class_name in _STRING_BEHIND_OBJECT:
+    if (version == 1 and _read_string(payload, at)[1] == end) or class_name in _STRING_BEHIND_OBJECT:
         return _text(name)
-    return _text(name or key.class_name if class_name in _COLLECTIONS else key.name)
+    if class_name in _COLLECTIONS:
+        return _text(name) or key.class_name
+    return key.name
 
 
 # --- the second reader -------------------------------------------------------------------------------------------------
@@ -712,13 +752,13 @@ class _UprootChunk(uproot.source.chunk.Chunk):  # type: ignore[misc]
 
     def __init__(self, source: _UprootSource, start: int, stop: int, data: bytes) -> None:
         super().__init__(source, start, stop, None)
-        self._data = memoryview(data)
+        view = memoryview(data)
 
-    def get(self, start: int, stop: int, cursor: object, context: object) -> memoryview:
-        data = self._data[start - self._start : stop - self._start]
-        if start < self._start or len(data) != stop - start:
-            raise ValueError(f"bytes {start} to {stop} are not among those read, {self._start} to {self._stop}")
-        return data
+        # uproot asks seven times for each key. What is cut short shows itself: as an error, or as a different name.
+        def get(begin: int, end: int, cursor: object, context: object) -> memoryview:
+            return view[begin - start : end - start]
+
+        self.get = get
 
 
 class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
@@ -745,13 +785,16 @@ def _compare_with_uproot(file: _File, top: Sequence[_Key]) -> None:
         found = root.classnames(recursive=False)
     except Exception as error:  # whatever uproot stumbles over: OSError, ValueError, AssertionError, KeyError, ...
         raise InvalidRootFile(f"uproot cannot read the file: {error}") from error
-    expected = {
-        f"{key.name.decode(errors='surrogateescape')};{key.cycle}": key.class_name.decode(errors="surrogateescape")
-        for key in top
-    }
+    expected = {f"{key.name};{key.cycle}": key.class_name for key in top}
     if found != expected:
-        names = sorted(name for name, _ in found.items() ^ expected.items())
-        raise InvalidRootFile(f"uproot finds other objects: {_text(names[0].encode(errors='surrogateescape'))!r}")
+        found = {_like_ours(name): _like_ours(class_name) for name, class_name in found.items()}
+    if found != expected:
+        raise InvalidRootFile(f"uproot finds other objects: {min(dict(found.items() ^ expected.items()))!r}")
+
+
+def _like_ours(name: str) -> str:
+    """Return a name in which uproot has surrogates for undecodable bytes with our backslash escapes for them."""
+    return _text(name.encode(errors="surrogateescape"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from zoneinfo import ZoneInfo
@@ -153,31 +154,31 @@ class Upload:
         with os_errors():
             os.fsync(self._fd)
 
-    def has_bytes_of(self, path: Path) -> bool | None:
-        """Whether a file has the same bytes, which then are put on the disk; None where there is no such file."""
+    def twin(self, path: Path) -> os.stat_result | None:
+        """Return the status of a file if it has the same bytes, which then are put on the disk; None if it has others."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        except OSError:  # a link, or nothing we may read
-            return False
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link
+                return None
+            raise
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size != self.size:
-                return False
+                return None
             position = 0
             while piece := os.pread(fd, _CHUNK, position):
                 if piece != os.pread(self._fd, len(piece), position):
-                    return False
+                    return None
                 position += len(piece)
             os.fsync(fd)
-            return position == self.size
+            return status if position == self.size else None
         finally:
             os.close(fd)
 
-    def is_file(self, path: Path) -> bool:
-        """Whether a path leads to this very file."""
-        return os.path.samestat(self._status, os.lstat(path))
+    def is_file(self, status: os.stat_result) -> bool:
+        """Whether this is the status of this very file."""
+        return os.path.samestat(self._status, status)
 
     def move(self, path: Path) -> None:
         os.rename(self.path, path)
@@ -351,65 +352,75 @@ class Storage:
 
         When this returns, file, name and receipt are on the disk. When it raises, the folder is as it was.
         """
-        name = receipt["filename"]
-        upload.sync()
+        target = self.folder / receipt["filename"]
         named, set_aside = False, list[Path]()
+        upload.sync()
         try:
             with os_errors():
-                named = self._give_name(upload, name, set_aside)
-                _sync_folder(self.folder)
-                upload.finish()
-            receipt["outcome"] = "duplicate" if not named else "replaced" if set_aside else "stored"
-            self.append_receipt(receipt, began)
+                while not named:
+                    twin = self._give_name(upload, target, set_aside)
+                    named = twin is None
+                    _sync_folder(self.folder)
+                    if twin is None:
+                        upload.finish()
+                        receipt["outcome"] = "replaced" if set_aside else "stored"
+                        self.append_receipt(receipt, began)
+                        return
+                    # The twin's own receipt may fail and the twin be withdrawn; who has the receipts' lock first decides.
+                    receipt["outcome"] = "duplicate"
+                    if self.append_receipt(receipt, began, partial(_is_at, target, twin)):
+                        return
         except BaseException:
             upload.discard()
-            if named:
-                self._withdraw(upload, name)
-            self._restore(name, set_aside)
+            self._withdraw(upload, target, named, set_aside, receipt)
             raise
 
-    def _give_name(self, upload: Upload, name: str, set_aside: list[Path]) -> bool:
-        """Link the upload to its name, having set aside what had it; return False where that had the same bytes."""
-        target = self.folder / name
-        bound = upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{name}")
+    def _give_name(self, upload: Upload, target: Path, set_aside: list[Path]) -> os.stat_result | None:
+        """Link the upload to its name, having set aside what had it, or return the status of what has the same bytes."""
+        bound = upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{target.name}")
         while True:
             try:
                 os.link(upload.path, target)
-                return True
+                return None
             except FileExistsError:
-                same = upload.has_bytes_of(target)
-            if same is None:  # Overwatch has just taken it
+                pass
+            try:
+                twin = upload.twin(target)
+            except FileNotFoundError:  # Overwatch has just taken it
                 continue
-            if same:
-                return upload.is_file(target)  # itself: NFS may repeat a link that it has made
+            if twin is not None:  # the upload itself, if NFS has repeated a link that it had made
+                return None if upload.is_file(twin) else twin
             # Between the next renaming and the link nothing has the name. Should this process die there, `sweep` finds the
             # name behind that of the upload and finishes the work.
             if upload.path != bound:
                 upload.move(bound)
             self._make_subfolders()
-            aside = self.folder / REPLACED / f"{name}.{uuid.uuid4().hex}"
+            aside = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, aside)
                 set_aside.append(aside)
                 _sync_folder(aside.parent)
 
-    def _withdraw(self, upload: Upload, name: str) -> None:
-        """Take the name from an upload again, as far as the disk allows, but not from what others have put there since."""
-        target = self.folder / name
-        taken = self.folder / REPLACED / f"{name}.{uuid.uuid4().hex}"
-        with contextlib.suppress(OSError):
-            os.rename(target, taken)
-            if not upload.is_file(taken):
-                os.link(taken, target)
-            os.unlink(taken)
-
-    def _restore(self, name: str, set_aside: list[Path]) -> None:
-        """Give the name back to what was set aside last, as far as the disk allows, unless others have it by now."""
-        for aside in set_aside[-1:]:
-            with contextlib.suppress(OSError):
-                os.link(aside, self.folder / name)
+    def _withdraw(
+        self, upload: Upload, target: Path, named: bool, set_aside: list[Path], receipt: Mapping[str, Any]
+    ) -> None:
+        """Undo what `accept` has done, as far as the disk allows, but nothing of what others have done since."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            if named:
+                with contextlib.suppress(OSError):
+                    receipts = stack.enter_context(self._open_receipts(receipt["run"]))
+                    if _has_duplicate(receipts, receipt):  # whose sender was promised this very file
+                        return
+                taken = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(target, taken)
+                    if not upload.is_file(os.lstat(taken)):
+                        os.link(taken, target)
+                    os.unlink(taken)
+            for aside in set_aside[-1:]:
+                os.link(aside, target)
                 os.unlink(aside)
-                _sync_folder(self.folder)
+            _sync_folder(self.folder)
 
     def reject(self, upload: Upload, name: str) -> None:
         """Keep an invalid upload in `.rejected/` for a look, the newest of them within the bound."""
@@ -464,16 +475,21 @@ class Storage:
 
     # --- receipts ------------------------------------------------------------------------------------------------------
 
-    def append_receipt(self, receipt: dict[str, Any], began: float) -> None:
-        """Append one JSON line to the receipts of the run, with the seconds since `began`, and put it on the disk."""
+    def append_receipt(
+        self, receipt: dict[str, Any], began: float, while_true: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Append one JSON line to the receipts of the run, with the seconds since `began`, and put it on the disk.
+
+        `while_true` is asked while nobody else can append; if it says no, nothing is done and False returned.
+        """
         receipt["seconds"] = round(time.monotonic() - began, 6)
-        path = self._receipts_path(receipt["run"])
         line = json.dumps(receipt).encode() + b"\n"
-        with os_errors():
-            fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            try:
-                with contextlib.suppress(OSError):  # a file system without locks has its appends
-                    fcntl.flock(fd, fcntl.LOCK_EX)
+        run = receipt["run"]
+        written = False
+        try:
+            with os_errors(), self._open_receipts(run) as fd:
+                if not while_true():
+                    return False
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash has torn the line before
                     line = b"\n" + line
@@ -482,13 +498,34 @@ class Storage:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(fd)
                     if not size:
-                        _sync_folder(path.parent)
+                        _sync_folder(self.folder / RECEIPTS)
                 except BaseException:
                     os.ftruncate(fd, size)
                     raise
-            finally:
-                with contextlib.suppress(OSError):  # the line is on the disk
-                    os.close(fd)
+                written = True
+        except BaseException:
+            if written:  # and not closed without an error
+                self._take_back_receipt(run, line)
+            raise
+        return True
+
+    def _take_back_receipt(self, run: int, line: bytes) -> None:
+        """Remove a line from the end of the receipts, if it is still there."""
+        with contextlib.suppress(OSError), self._open_receipts(run) as fd:
+            size = os.fstat(fd).st_size - len(line)
+            if size >= 0 and os.pread(fd, len(line), size) == line:
+                os.ftruncate(fd, size)
+
+    @contextlib.contextmanager
+    def _open_receipts(self, run: int) -> Iterator[int]:
+        """Open the receipts of a run, locked against other appends where the file system has locks."""
+        fd = self._open(self._receipts_path(run), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)
 
     def runs(self) -> list[int]:
         """Return the runs that have receipts, sorted."""
@@ -526,7 +563,7 @@ class Storage:
         probe = self.new_upload()
         try:
             probe.write(b"health")
-            if probe.has_bytes_of(probe.path) is not True:
+            if probe.twin(probe.path) is None:
                 raise Unavailable("The data folder cannot be written: it does not give back what was written")
         finally:
             probe.discard()
@@ -558,6 +595,25 @@ class Storage:
             os.close(fd)
             raise NoSuchFile(f"There is no file {name!r}")
         return os.fdopen(fd, "rb")
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    """Whether a path still leads to the file with this status."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), status)
+    return False
+
+
+def _has_duplicate(receipts: int, receipt: Mapping[str, Any]) -> bool:
+    """Whether there is a receipt for a duplicate of the same file that came after this one."""
+    with open(receipts, "rb", closefd=False) as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                other = json.loads(line)
+                same = all(other[key] == receipt[key] for key in ("filename", "sha256"))
+                if same and other["outcome"] == "duplicate" and other["received_at"] >= receipt["received_at"]:
+                    return True
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

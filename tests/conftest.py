@@ -220,10 +220,73 @@ def make_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", str(point)], check=True)
 
 
+# --- what is shipped for service ---------------------------------------------------------------------------------------
+
+
+def adapted(text: str, changes: Mapping[str, str]) -> str:
+    """Return a shipped file with other paths and ports; each must be in it."""
+    for old, new in changes.items():
+        if old not in text:
+            raise ValueError(f"{old!r} is not in the file")
+        text = text.replace(old, new)
+    return text
+
+
+class Nginx:
+    """A real nginx that includes the shipped deploy/nginx.conf, adapted; both of its servers listen on `port`."""
+
+    def __init__(self, base: Path, changes: Mapping[str, str]) -> None:
+        for program in ("nginx", "openssl", "curl"):
+            if shutil.which(program) is None:
+                pytest.skip(f"{program} is not installed")
+        base.mkdir()
+        self.port = free_port()
+        self.log, self.errors, self.certificate = base / "access.log", base / "error.log", base / "cert.pem"
+        names = "subjectAltName=DNS:dqm.example.org,DNS:overwatch.example.org"
+        line = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext {names}"
+        subprocess.run(
+            [*line.split(), "-keyout", base / "key.pem", "-out", self.certificate], check=True, capture_output=True
+        )
+        paths = {
+            "listen 443": f"listen 127.0.0.1:{self.port}",
+            "/etc/ssl/certs/dqm.pem": str(self.certificate),
+            "/etc/ssl/certs/overwatch.pem": str(self.certificate),
+            "/etc/ssl/private/dqm.key": str(base / "key.pem"),
+            "/etc/ssl/private/overwatch.key": str(base / "key.pem"),
+            "/var/log/nginx/dqm.log": str(self.log),
+            "/var/log/nginx/overwatch.log": str(self.log),
+        }
+        site = adapted((PROJECT / "deploy/nginx.conf").read_text(), {**paths, **changes})
+        (base / "site.conf").write_text(site)
+        temporary = [
+            f"{kind}_temp_path {base}/{kind};" for kind in ("client_body", "proxy", "uwsgi", "fastcgi", "scgi")
+        ]
+        (base / "nginx.conf").write_text(
+            f"{'user root;' if os.geteuid() == 0 else ''} worker_processes 1; daemon off; pid {base}/pid;\n"
+            f"error_log {self.errors} warn;\nevents {{}}\nhttp {{ {' '.join(temporary)} include {base}/site.conf; }}\n"
+        )
+        self.process = subprocess.Popen(["nginx", "-e", self.errors, "-p", base, "-c", base / "nginx.conf"])
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"nginx does not answer:\n{self.errors.read_text()}")
+
+    def curl(self, url: str, *arguments: str, **more: Any) -> Answer:
+        """Run curl through this nginx; the URL as https://dqm.example.org/…"""
+        to = ("--connect-to", f"::127.0.0.1:{self.port}", "--cacert", str(self.certificate))
+        return curl(url, *to, *arguments, **more)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
 # --- long experiments --------------------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "long_drip" in getattr(item, "fixturenames", ()))  # last, as it is waited for
     if not config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):
