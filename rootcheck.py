@@ -21,7 +21,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import cramjam
 import deflate
@@ -33,19 +33,22 @@ import xxhash
 MAX_KEYS = 200_000
 MAX_DIRECTORIES = 20_000
 MAX_DEPTH = 100
+MAX_KEY_LISTS = 16 << 20  # bytes of all key lists, which stay in memory
+MAX_NAMES = 8 << 20  # characters of the objects' own names, which go into the answer
 MAX_RECORDS = 5_000_000
 MAX_OBJECT_SIZE = 1 << 30  # bytes, inflated
 MAX_INFLATED = 2 << 30  # bytes, of the whole file; or MAX_INFLATION times its size, if that is more
 MAX_INFLATION = 32
-MAX_INFLATED_XZ = 512 << 20  # bytes; like MAX_INFLATED, for XZ alone, which inflates four times slower than the rest
+MAX_INFLATED_SLOWLY = 512 << 20  # bytes; like MAX_INFLATED, for what inflates several times slower than the rest
 MAX_XZ_MEMORY = 256 << 20  # bytes
 MAX_SECONDS = 30.0
 
 _WINDOW = 1 << 20  # bytes read at once
+_PIECE = 1 << 18  # bytes inflated at once where that can be chosen
 _NAME_BYTES = 1 << 16  # bytes of an object searched for its name
 
 
-_Bytes = TypeVar("_Bytes", bytes, bytearray)
+_Bytes = bytes | bytearray
 
 
 class InvalidRootFile(Exception):
@@ -74,8 +77,8 @@ def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
     with contextlib.closing(_File(path)) as file:
         header = _read_header(file)
         tree = _read_directories(file, header)
-        names = _walk_records(file, header, tree)
         newest = tree.newest()
+        names = _walk_records(file, header, tree, newest)
         _compare_with_uproot(file, tree.top)
     return {key.name: RootObject(names.get(key.position, key.name), key.class_name) for key in newest}
 
@@ -94,8 +97,9 @@ class _File:
         self.deadline = time.monotonic() + MAX_SECONDS
         self._fd = os.open(self.path, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
-        self.inflated_left = max(MAX_INFLATED, MAX_INFLATION * self.size)
-        self.xz_left = max(MAX_INFLATED_XZ, MAX_INFLATION * self.size)
+        self.slow_left = max(MAX_INFLATED_SLOWLY, MAX_INFLATION * self.size)
+        self.keys_left = MAX_KEYS
+        self.lists_left = MAX_KEY_LISTS
         self._window = b""
         self._start = 0
 
@@ -127,7 +131,7 @@ def _read_int(file: _File, start: int) -> int:
     return int.from_bytes(data[at : at + 4], "big", signed=True)
 
 
-def _text(name: bytes) -> str:
+def _text(name: _Bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
@@ -228,15 +232,9 @@ def _parse_key(data: bytes, at: int, end: int) -> tuple[_Key, int]:
         to = at + _KEY_64.size
     if not (to + 3 - at <= key_size <= size and object_size >= 0):
         raise InvalidRootFile(f"has impossible lengths (record {size}, key {key_size}, object {object_size})")
-    class_at = to + 1
-    class_end = class_at + data[to]
-    if class_end < len(data) and data[to] < 255 and data[class_end] < 255:  # as in nearly every key; for speed
-        class_name, name_end = data[class_at:class_end], class_end + 1 + data[class_end]
-        name = data[class_end + 1 : name_end]
-    else:
-        class_name, to = _read_string(data, to)
-        name, name_end = _read_string(data, to)
-    length = _read_string(data, name_end)[1] - at
+    class_name, to = _read_string(data, to)
+    name, to = _read_string(data, to)
+    length = _read_string(data, to)[1] - at
     if length != key_size:
         # TBasket adds fields of its own to the key. Where ROOT 5 and 6 store a TDirectoryFile as TDirectory, the key
         # list has the long name behind the length of a key with the short one.
@@ -356,6 +354,9 @@ def _read_directory(file: _File, header: _Header, directory: _Directory) -> tupl
 
 def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, size: int, tree: _Tree) -> list[_Key]:
     """Note in the tree what a directory's key list refers to; return the keys of directories among it."""
+    file.lists_left -= size
+    if file.lists_left < 0:
+        raise InvalidRootFile(f"key lists of more than {MAX_KEY_LISTS} bytes")
     own = tree.refer_unlisted(file, start, start + size, directory)
     if own.size != size:
         raise InvalidRootFile(f"{directory}: key list at byte {start} has {own.size} bytes and not {size}")
@@ -364,22 +365,43 @@ def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, 
     count = _read_int(file, at) if room >= 0 else -1
     if not 0 <= count <= room:
         raise InvalidRootFile(f"{directory}: {count} keys in a key list of {size} bytes at byte {start}")
-    if len(tree.heads) + count > MAX_KEYS + MAX_DIRECTORIES:
+    file.keys_left -= count
+    if file.keys_left < 0:
         raise InvalidRootFile(f"more than {MAX_KEYS} keys")
     at += 4
     directories = []
+    top = None if directory.depth else tree.top
+    heads, load, unpack = tree.heads, file.load, _KEY.unpack_from
     for _ in range(count):
-        key, head = _read_key(file, at, end, directory)
+        left = end - at
+        data, index = load(at, min(_LONGEST_KEY, left))
+        try:  # This loop and that of _walk_records take most of the time: the usual key, 4-byte positions and short strings
+            size, version, object_size, _, key_size, cycle, position, its_directory = unpack(data, index)
+            class_at = index + _KEY.size + 1
+            name_at = class_at + data[class_at - 1] + 1
+            title_at = name_at + data[name_at - 1] + 1
+            usual = title_at + data[title_at - 1] - index == key_size <= size and key_size <= left and version <= 1000
+        except (IndexError, struct.error):
+            usual = False
+        if usual and object_size >= 0:
+            class_name, name = _text(data[class_at : name_at - 1]), _text(data[name_at : title_at - 1])
+            key = _Key(size, object_size, key_size, cycle, position, class_name, name, its_directory)
+            head = data[index : index + key_size]
+        else:
+            key, head = _read_key(file, at, end, directory)
+            position = key.position
         at += len(head)
-        if not header.begin < key.position <= header.end - key.size:
+        if not header.begin < position <= header.end - key.size:
             raise InvalidRootFile(f"{directory}: its {key} has {key.size} bytes, outside the file")
         if key.directory != directory.position:
             raise InvalidRootFile(f"{directory}: its {key} says it is in the directory at byte {key.directory}")
-        tree.refer(key.position, head, directory)
-        if not directory.depth:
-            tree.top.append(key)
+        if position in heads:
+            raise InvalidRootFile(f"{directory}: its {key} has a place elsewhere, too")
+        heads[position] = head
         if key.class_name in _DIRECTORY_CLASSES:
             directories.append(key)
+        if top is not None:
+            top.append(key)
     # Beyond 2 GB ROOT leaves 8 bytes behind the keys; uproot leaves room for more, with whatever was in it. What must not
     # be there is one more key of a record that exists: then the number of keys is wrong.
     if end - at >= _SHORTEST_KEY:
@@ -397,16 +419,18 @@ _FREE = struct.Struct(">hii")  # fVersion, fFirst, fLast
 _FREE_64 = struct.Struct(">hqq")  # where fVersion is above 1000
 
 
-def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
-    """Check every record from the first byte to the last; return the names of top-level objects by position."""
+def _walk_records(file: _File, header: _Header, tree: _Tree, named: Sequence[_Key]) -> dict[int, str]:
+    """Check every record from the first byte to the last; return the names of the objects of some keys by position."""
     holes = _read_free_list(file, header, tree)
     if header.streamer_info or header.streamer_info_size:
         info = _refer_to(file, header, tree, "streamer info", header.streamer_info, header.streamer_info_size)
         if (info.class_name, info.name) != ("TList", "StreamerInfo"):
             raise InvalidRootFile(f"header: the {info} is no streamer info")
-    wanted = {key.position: key for key in tree.newest()}
+    wanted = {key.position: key for key in named}
     names: dict[int, str] = {}
     heads = tree.heads
+    inflated_left = max(MAX_INFLATED, MAX_INFLATION * file.size)
+    names_left = MAX_NAMES
     position, records = header.begin, 0
     while position < header.end:
         records += 1
@@ -419,7 +443,7 @@ def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
             continue
         listed = heads.pop(position, None)
         if listed is not None:
-            data, at = file.load(position, min(len(listed), header.end - position))
+            data, at = file.load(position, len(listed))
         if listed is None or not data.startswith(listed, at):
             after = _read_unlike(file, header, tree, position, listed)
             if after != position:
@@ -428,12 +452,20 @@ def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
             data, at = file.load(position, _KEY_SIZES.size)
         size, _, object_size, _, key_size = _KEY_SIZES.unpack_from(data, at)
         try:
-            payload = _check_payload(file, position + key_size, size - key_size, object_size)
+            inflated_left -= object_size
+            if object_size > MAX_OBJECT_SIZE or inflated_left < 0:
+                raise InvalidRootFile(f"an object of {object_size} bytes is more than is allowed")
+            payload = _inflate_usual(data, at + key_size, size - key_size, object_size)
+            if payload is None:
+                payload = _check_payload(file, position + key_size, size - key_size, object_size)
         except InvalidRootFile as error:
             key, _ = _read_key(file, position, header.end, "record")
             raise InvalidRootFile(f"{key}: {error}") from error.__cause__
         if position in wanted:
-            names[position] = _object_name(wanted[position], payload)
+            name = names[position] = _object_name(wanted[position], payload)
+            names_left -= len(name)
+            if names_left < 0:
+                raise InvalidRootFile(f"objects with names of more than {MAX_NAMES} characters in all")
         position += size
     if position != header.end:
         raise InvalidRootFile(f"the last record ends at byte {position} and the file, its header says, at {header.end}")
@@ -533,14 +565,15 @@ def _is_zero(file: _File, start: int, end: int) -> bool:
 
 
 def _skip_zero_bytes(file: _File, start: int, end: int) -> int:
+    length = 64  # nearly always there are few
     while start < end:
-        length = min(_WINDOW, end - start)
-        data, at = file.load(start, length)
-        piece = data[at : at + length]
+        data, at = file.load(start, 1)
+        piece = data[at : at + min(length, end - start)]
         rest = len(piece.lstrip(b"\0"))
         start += len(piece) - rest
         if rest:
             break
+        length = _WINDOW
         file.check_time()
     return start
 
@@ -567,32 +600,49 @@ def _skip_zeros(file: _File, position: int, end: int) -> int:
 _BLOCK = struct.Struct("<3sHBHB")
 
 
+def _inflate_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
+    """Inflate the usual payload, one zlib block that has been read; return None for every other, also a damaged one."""
+    end = at + stored
+    if stored == size or stored < _BLOCK.size or end > len(data):
+        return None
+    kind, block_stored, high, block_size, higher = _BLOCK.unpack_from(data, at)
+    if kind != b"ZL\x08" or block_stored | high << 16 != stored - _BLOCK.size or block_size | higher << 16 != size:
+        return None
+    try:
+        return _inflate_zlib(memoryview(data)[at + _BLOCK.size : end], size)
+    except (InvalidRootFile, deflate.DeflateError):
+        return None
+
+
 def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | bytearray:
     """Inflate a payload block by block and let go of it; return its beginning."""
-    file.inflated_left -= size
-    if size > MAX_OBJECT_SIZE or file.inflated_left < 0:
-        raise InvalidRootFile(f"an object of {size} bytes is more than is allowed")
     if stored == size:  # not compressed
         length = min(size, _NAME_BYTES)
         data, at = file.load(start, length)
         return data[at : at + length]
-    first: bytes | bytearray | None = None
+    first: _Bytes | None = None
     position, end, left = start, start + stored, size
     while position < end:
-        if end - position < _BLOCK.size:
+        room = end - position - _BLOCK.size
+        if room < 0:
             raise InvalidRootFile(f"{end - position} bytes behind its last compressed block")
-        data, at = file.load(position, min(end - position, _WINDOW))
+        data, at = file.load(position, _BLOCK.size)
         kind, block_stored, high, block_size, higher = _BLOCK.unpack_from(data, at)
-        block_stored, block_size = block_stored | high << 16, block_size | higher << 16
-        position, at = position + _BLOCK.size, at + _BLOCK.size
+        if high:
+            block_stored |= high << 16
+        if higher:
+            block_size |= higher << 16
+        position += _BLOCK.size
+        at += _BLOCK.size
         inflate = _INFLATE.get(kind)
         if inflate is None:
             raise InvalidRootFile(f"compressed in an unknown way ({kind!r}), or {stored} bytes where {size} belong")
-        if block_stored > end - position:
-            raise InvalidRootFile(f"a block of {block_stored} bytes in the last {end - position} bytes of the record")
+        if block_stored > room:
+            raise InvalidRootFile(f"a block of {block_stored} bytes in the last {room} bytes of the record")
         if not 0 < block_size <= left:
             raise InvalidRootFile(f"a block that inflates to {block_size} bytes where {left} are left to come")
         if at + block_stored > len(data):
+            del data  # up to 16 MiB, before as much is read
             data, at = file.load(position, block_stored)
         try:
             block = inflate(memoryview(data)[at : at + block_stored], block_size)
@@ -600,11 +650,13 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | b
             raise InvalidRootFile(
                 f"damaged {kind[:2].decode()} block of {block_stored} bytes at byte {position}"
             ) from error
-        if kind == b"XZ\x00":
-            file.xz_left -= block_size
-            if file.xz_left < 0:
-                raise InvalidRootFile("XZ blocks inflate to more than is allowed")
-        first = first or block
+        if kind in _SLOW:
+            file.slow_left -= block_size
+            if file.slow_left < 0:
+                raise InvalidRootFile(f"{kind[:2].decode()} blocks inflate to more than is allowed")
+        if first is None:
+            first = block if block_size <= _NAME_BYTES else block[:_NAME_BYTES]
+        del block  # up to 16 MiB, before the next one takes as much
         position += block_stored
         left -= block_size
         if left:
@@ -614,42 +666,48 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | b
     return first or b""
 
 
-def _inflate_zlib(stored: memoryview, size: int) -> bytearray:
+def _inflate_zlib(stored: memoryview, size: int) -> _Bytes:
     inflated: bytearray = deflate.zlib_decompress(stored, size)  # libdeflate never writes more than `size` bytes
     # libdeflate ignores what follows the stream; where nothing does, the stream's checksum ends the block.
     if deflate.adler32(inflated) != int.from_bytes(stored[-4:], "big"):
         raise InvalidRootFile("bytes behind the end of its zlib stream")
-    return _complete(inflated, len(inflated), size)
+    if len(inflated) != size:
+        raise InvalidRootFile(f"a block inflates to {len(inflated)} bytes, its head says {size}")
+    return inflated
 
 
-def _inflate_xz(stored: memoryview, size: int) -> bytes:
+def _inflate_xz(stored: memoryview, size: int) -> _Bytes:
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
-    first = piece = decoder.decompress(stored, max_length=_WINDOW)
+    first = piece = decoder.decompress(stored, max_length=_PIECE)
     inflated = len(first)
     while not decoder.eof and inflated <= size and (piece or not decoder.needs_input):
-        piece = decoder.decompress(b"", max_length=_WINDOW)
+        piece = decoder.decompress(b"", max_length=_PIECE)
         inflated += len(piece)
     if not decoder.eof or decoder.unused_data:
         inflated = -1
     return _complete(first, inflated, size)
 
 
-def _inflate_lz4(stored: memoryview, size: int) -> bytearray:
+def _inflate_lz4(stored: memoryview, size: int) -> _Bytes:
     if xxhash.xxh64_intdigest(stored[8:]) != int.from_bytes(stored[:8], "big"):  # ZipLZ4.cxx
         raise InvalidRootFile("damaged L4 block: its checksum is wrong")
     inflated = bytearray(size)
     return _complete(inflated, cramjam.lz4.decompress_block_into(stored[8:], inflated, output_len=size), size)
 
 
-def _inflate_zstd(stored: memoryview, size: int) -> bytearray:
+def _inflate_zstd(stored: memoryview, size: int) -> _Bytes:
     inflated = bytearray(size)
     return _complete(inflated, cramjam.zstd.decompress_into(stored, inflated), size)
 
 
-def _inflate_old(stored: memoryview, size: int) -> bytes:
+def _inflate_old(stored: memoryview, size: int) -> _Bytes:
     decoder = zlib.decompressobj(-zlib.MAX_WBITS)  # deflate without zlib's head and checksum
-    inflated = decoder.decompress(stored, size + 1)
-    return _complete(inflated, len(inflated) if decoder.eof and not decoder.unused_data else -1, size)
+    first = piece = decoder.decompress(stored, _PIECE)
+    inflated = len(first)
+    while piece and not decoder.eof and inflated <= size:
+        piece = decoder.decompress(decoder.unconsumed_tail, _PIECE)
+        inflated += len(piece)
+    return _complete(first, inflated if decoder.eof and not decoder.unused_data else -1, size)
 
 
 def _complete(block: _Bytes, inflated: int, size: int) -> _Bytes:
@@ -658,8 +716,10 @@ def _complete(block: _Bytes, inflated: int, size: int) -> _Bytes:
     return block
 
 
+_SLOW = (b"XZ\x00", b"CS\x08")
+
 # Letters and method byte of a block, and what inflates it: at most to the size asked for, or it raises.
-_INFLATE: dict[bytes, Callable[[memoryview, int], bytes | bytearray]] = {
+_INFLATE: dict[bytes, Callable[[memoryview, int], _Bytes]] = {
     b"ZL\x08": _inflate_zlib,
     b"XZ\x00": _inflate_xz,
     b"L4\x01": _inflate_lz4,
@@ -670,10 +730,11 @@ _INFLATE: dict[bytes, Callable[[memoryview, int], bytes | bytearray]] = {
 
 # --- names -------------------------------------------------------------------------------------------------------------
 
-_BYTE_COUNT = 0x40000000  # marks a byte count, which stands before a class version (TBufferFile.cxx, kByteCountMask)
-_IS_REFERENCED = 0x10  # the TObject bit behind whose bits two more bytes follow (TObject.cxx, kIsReferenced)
-_VERSION = struct.Struct(">IH")  # byte count, class version
-_OBJECT = struct.Struct(">HII")  # class version, fUniqueID, fBits
+_BYTE_COUNT = 0x40  # in the first of its four bytes, marks a byte count (TBufferFile.cxx, kByteCountMask)
+_COUNT_BITS = 0x3FFFFFFF
+_VERSION_SIZE = 6  # byte count, class version
+_OBJECT_SIZE = 10  # of TObject: class version, fUniqueID, fBits
+_IS_REFERENCED = 0x10  # the bit of TObject, in the last of its bytes, behind which two more follow (kIsReferenced)
 _COLLECTIONS = frozenset(
     [
         "TObjArray",
@@ -720,28 +781,25 @@ _NAMELESS = frozenset(
 
 def _object_name(key: _Key, payload: bytes | bytearray) -> str:
     """The object's own name, as its GetName() gives it, where class and beginning of its payload tell; or the key's name."""
+    # Versions with byte counts, one for each base class, the innermost last; then TObject: version, fUniqueID, fBits.
+    at, last = 0, len(payload) - _OBJECT_SIZE - 2  # two empty strings
+    while at <= last and payload[at] & _BYTE_COUNT:
+        at += _VERSION_SIZE
+    name: _Bytes = b""
+    if 0 < at <= last:
+        own = at - _VERSION_SIZE
+        end = own + 4 + (int.from_bytes(payload[own : own + 4], "big") & _COUNT_BITS)
+        referenced = payload[at + _OBJECT_SIZE - 1] & _IS_REFERENCED
+        name, title_at = _read_string(payload, at + _OBJECT_SIZE + (2 if referenced else 0))
+        # A class version whose bytes are a TObject and two strings is that of TNamed, whatever the name of its heir.
+        if payload[at : at + 2] == b"\0\1" and _read_string(payload, title_at)[1] == end:
+            return _text(name)
     class_name = key.class_name.partition("<")[0]
-    if class_name in _NAMELESS:
-        return key.class_name
-    payload = bytes(payload[:_NAME_BYTES])
-    at = end = 0
-    while at + _VERSION.size + _OBJECT.size < len(payload):
-        count, _ = _VERSION.unpack_from(payload, at)
-        if not count & _BYTE_COUNT:
-            break
-        end = at + 4 + (count ^ _BYTE_COUNT)
-        at += _VERSION.size
-    if not at or at + _OBJECT.size > len(payload):
-        return key.name
-    version, _, bits = _OBJECT.unpack_from(payload, at)
-    at += _OBJECT.size + (2 if bits & _IS_REFERENCED else 0)
-    name, at = _read_string(payload, at)
-    # A class version whose bytes are a TObject and two strings is that of TNamed, whatever the name of its heir.
-    if (version == 1 and _read_string(payload, at)[1] == end) or class_name in _STRING_BEHIND_OBJECT:
+    if class_name in _STRING_BEHIND_OBJECT:
         return _text(name)
     if class_name in _COLLECTIONS:
         return _text(name) or key.class_name
-    return key.name
+    return key.class_name if class_name in _NAMELESS else key.name
 
 
 # --- the second reader -------------------------------------------------------------------------------------------------

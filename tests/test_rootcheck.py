@@ -1155,7 +1155,7 @@ def test_limit_of_what_is_inflated(monkeypatch: pytest.MonkeyPatch, check: Check
 
 def test_limit_of_what_xz_inflates(monkeypatch: pytest.MonkeyPatch, check: Check, refuse: Refuse) -> None:
     data = bytes(200_000)
-    monkeypatch.setattr(rootcheck, "MAX_INFLATED_XZ", 199_000)
+    monkeypatch.setattr(rootcheck, "MAX_INFLATED_SLOWLY", 199_000)
     check(compressed([COMPRESS["ZL"](data)], len(data)))
     refuse(compressed([COMPRESS["XZ"](data)], len(data)), "XZ blocks inflate to more than is allowed")
 
