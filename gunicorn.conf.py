@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 from typing import Any
@@ -49,13 +50,14 @@ class worker_class(ThreadWorker):
         return keep
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
-        status, message = 400, f"Bad request: {exc}"
+        # gunicorn's own words quote the line that it does not understand, and that may hold the token.
+        status, message = 400, "The request is not HTTP as it should be"
         if isinstance(exc, LimitRequestLine):
-            status = 414
+            status, message = 414, "The request line is too long"
         elif isinstance(exc, LimitRequestHeaders):
-            status = 431
+            status, message = 431, "The headers are too many or too long"
         elif isinstance(exc, UnsupportedTransferCoding):
-            status = 501
+            status, message = 501, "The transfer coding is not known"
         elif not isinstance(exc, ParseException):
             status, message = 500, "The receiver failed; its log has the details"
             self.log.exception("failed to answer")
@@ -69,6 +71,10 @@ class worker_class(ThreadWorker):
             self.log.debug("nobody is there to be told %s", status)
 
 
+def mask(how: int) -> None:
+    signal.pthread_sigmask(how, (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT))
+
+
 def when_ready(server: Arbiter) -> None:
     """Before the first worker forks."""
     log = logging.getLogger("dqm_receiver")
@@ -78,6 +84,8 @@ def when_ready(server: Arbiter) -> None:
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALLED, 0))
         if hasattr(socket, "TCP_USER_TIMEOUT") and listener.sock.family != socket.AF_UNIX:
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED * 1000)
+    # A signal to a worker that has just forked would meet the master's handlers and be lost: it waits for the worker's own.
+    os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK))
     gc.freeze()  # the garbage collector need not look through the imported modules again in each worker
 
 
@@ -90,5 +98,6 @@ def on_reload(server: Arbiter) -> None:
 
 
 def post_worker_init(worker: ThreadWorker) -> None:
-    """A worker may have taken the place of one that died amid uploads."""
+    """In a worker, before its first request; it may have taken the place of one that died amid uploads."""
+    mask(signal.SIG_UNBLOCK)
     worker.wsgi.storage.sweep()

@@ -103,6 +103,8 @@ def _read_tokens(token: str | None, path: str | None) -> dict[str, tuple[bytes, 
     """Return the digests of the one token and of those in the file: section [tokens], `name = sha256 [sha256 ...]`."""
     tokens: dict[str, tuple[bytes, ...]] = {}
     if token:
+        if not re.fullmatch(r"[!-+\--~]+", token):
+            raise ConfigurationError(f"{_PREFIX}TOKEN must be of ASCII characters without blanks and commas")
         tokens["default"] = (_digest(token.encode()),)
     if path:
         parser = configparser.ConfigParser(interpolation=None, delimiters="=")
@@ -113,8 +115,10 @@ def _read_tokens(token: str | None, path: str | None) -> dict[str, tuple[bytes, 
             readable_by_all = os.stat(path).st_mode & stat.S_IROTH
         except OSError as error:
             raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: {error.strerror}") from error
-        except (UnicodeDecodeError, configparser.Error, KeyError) as error:
-            raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: not a section [tokens] with lines in it") from error
+        except (UnicodeDecodeError, configparser.Error, KeyError):  # whose texts quote the file
+            raise ConfigurationError(
+                f"{_PREFIX}TOKENS_FILE {path}: not a section [tokens] with lines `name = sha256 of the token, in hex`"
+            ) from None
         for name, hashes in lines.items():
             # No word of the line itself: somebody may have written the token there.
             if not _TOKEN_NAME.fullmatch(name) or not re.fullmatch(r"\s*([0-9a-fA-F]{64}\s*)+", hashes):

@@ -159,7 +159,7 @@ class Upload:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno == errno.ELOOP:  # a link
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
                 return None
             raise
         try:
