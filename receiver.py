@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import contextlib
 import hashlib
 import hmac
 import json
@@ -32,7 +33,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, NotFound, PreconditionFailed, RequestEntityTooLarge
-from werkzeug.formparser import FormDataParser
+from werkzeug.formparser import MultiPartParser
 from werkzeug.http import is_resource_modified, parse_dict_header
 from werkzeug.routing import Map, Rule
 from werkzeug.sansio.utils import get_content_length
@@ -49,6 +50,7 @@ logger = logging.getLogger("dqm_receiver")
 
 _PREFIX = "DQM_RECEIVER_"
 _CHUNK = 1 << 18  # bytes read at once
+_FORM_CHUNK = 1 << 19  # the same of a form: gunicorn copies what it has received beyond that
 _FORM_OVERHEAD = 1 << 20  # bytes a form may have beside its file
 _MAX_FORM_PARTS = 16
 _MAX_AGENTS = 100  # agents with metrics of their own
@@ -103,8 +105,10 @@ def _read_tokens(token: str | None, path: str | None) -> dict[str, tuple[bytes, 
     """Return the digests of the one token and of those in the file: section [tokens], `name = sha256 [sha256 ...]`."""
     tokens: dict[str, tuple[bytes, ...]] = {}
     if token:
-        if not re.fullmatch(r"[!-+\--~]+", token):
-            raise ConfigurationError(f"{_PREFIX}TOKEN must be of ASCII characters without blanks and commas")
+        if token != token.strip() or "," in token or not token.isprintable():  # no header can carry that unchanged
+            raise ConfigurationError(
+                f"{_PREFIX}TOKEN has a comma, a control character, or a blank at its beginning or end"
+            )
         tokens["default"] = (_digest(token.encode()),)
     if path:
         parser = configparser.ConfigParser(interpolation=None, delimiters="=")
@@ -337,7 +341,7 @@ class Receiver:
             objects = self.check(upload, headers, receipt)
             receipt["objects"] = len(objects)
             self.storage.accept(upload, receipt, began)
-        except (Refusal, storage.FileTooLarge) as refusal:
+        except (Refusal, storage.StorageError) as refusal:
             self.record_refusal(receipt, refusal, began)
             raise
         finally:
@@ -381,16 +385,18 @@ class Receiver:
 
     def take_in_form(self, request: AgentRequest, begin: Callable[..., Any]) -> storage.Upload:
         """Have the parts of a form written to uploads and return that of the part `file`."""
-        parser = FormDataParser(
+        boundary = request.mimetype_params.get("boundary", "")
+        if not boundary:
+            raise Refusal("The form is malformed: it has no boundary", reason_class="form")
+        parser = MultiPartParser(
             stream_factory=begin,
             max_form_memory_size=_FORM_OVERHEAD,
-            max_content_length=self.settings.max_file_size + _FORM_OVERHEAD,
             max_form_parts=_MAX_FORM_PARTS,
-            silent=False,
+            buffer_size=_FORM_CHUNK,
         )
-        body = cast(IO[bytes], request.body)
         try:
-            _, fields, files = parser.parse(body, request.mimetype, request.content_length, request.mimetype_params)
+            body = cast(IO[bytes], request.body)
+            fields, files = parser.parse(body, boundary.encode("ascii"), request.content_length)
         except ValueError as error:
             raise Refusal(f"The form is malformed: {error}", reason_class="form") from error
         except RequestEntityTooLarge as error:
@@ -427,16 +433,20 @@ class Receiver:
             logger.exception("an invalid upload could not be kept")
         raise Refusal(NOT_VALID, reason_class="not valid", reason=reason)
 
-    def record_refusal(self, receipt: dict[str, Any], refusal: Refusal | storage.FileTooLarge, began: float) -> None:
-        """Note a rejected upload in the receipts; a disk without room for that changes nothing about the verdict."""
+    def record_refusal(self, receipt: dict[str, Any], refusal: Refusal | storage.StorageError, began: float) -> None:
+        """Note in receipts and log why an upload was refused; what is no verdict on it, as a full disk, in the log only."""
+        receipt.update(outcome="rejected", reason=str(refusal), seconds=round(time.monotonic() - began, 6))
         if isinstance(refusal, Refusal):
             receipt.update(reason=refusal.reason or str(refusal), reason_class=refusal.reason_class)
+        elif isinstance(refusal, storage.FileTooLarge):
+            receipt.update(reason_class="too large")
         else:
-            receipt.update(reason=str(refusal), reason_class="too large")
-        try:
-            self.storage.append_receipt(receipt, began)
-        except (OSError, storage.StorageError):
-            logger.exception("a rejected upload could not be noted in the receipts")
+            receipt["outcome"] = "refused"
+        if receipt["reason_class"] is not None:
+            try:
+                self.storage.append_receipt(receipt, began)
+            except (OSError, storage.StorageError):
+                logger.exception("a rejected upload could not be noted in the receipts")
         log_upload(receipt)
 
     # --- giving files back ---------------------------------------------------------------------------------------------
@@ -479,26 +489,12 @@ class Receiver:
         response.set_etag(tag)
         if response.make_conditional(request).status_code == 304:
             return response
-        agents = dict(sorted(self.storage.run(number).agents.items()))
-        started = [record for record in agents.values() if record.started]
-        content = {
-            "run": number,
-            "complete": bool(started) and all(record.ended for record in started),
-            "agents": {
-                agent: {
-                    "files": record.files,
-                    "bytes": record.bytes,
-                    "duplicates": record.outcomes["duplicate"],
-                    "rejected": record.outcomes["rejected"],
-                    "first_time_stamp": record.first_time_stamp,
-                    "last_time_stamp": record.last_time_stamp,
-                    "started": record.started,
-                    "ended": record.ended,
-                    "last_arrival": record.last_arrival,
-                }
-                for agent, record in agents.items()
-            },
-        }
+        record = self.storage.run(number)
+        with record.lock:
+            agents = {agent: describe_agent(of_run) for agent, of_run in sorted(record.agents.items())}
+        started = [agent for agent in agents.values() if agent["started"]]
+        complete = bool(started) and all(agent["ended"] for agent in started)
+        content = {"run": number, "complete": complete, "agents": agents}
         response.set_data(json.dumps(content) + "\n")
         return response
 
@@ -507,7 +503,9 @@ class Receiver:
         try:
             self.storage.check_health()
         except (OSError, storage.StorageError) as error:
-            return answer_json({"status": 503, "message": str(error), "received": None}, 503)
+            # Nobody needs a token here, and an OSError's text has the path of the folder.
+            message = f"The data folder does not work: {error.strerror}" if isinstance(error, OSError) else str(error)
+            return answer_json({"status": 503, "message": message, "received": None}, 503)
         return answer_json({"status": 200, "message": "The data folder can be written and has room"})
 
     def metrics(self, request: AgentRequest) -> Response:
@@ -528,6 +526,20 @@ class Receiver:
     def not_implemented(self, request: AgentRequest) -> Response:
         """/: senders use this to try their token."""
         raise Refusal("Not implemented")
+
+
+def describe_agent(record: storage.AgentRecord) -> dict[str, object]:
+    return {
+        "files": record.files,
+        "bytes": record.bytes,
+        "duplicates": record.outcomes["duplicate"],
+        "rejected": record.outcomes["rejected"],
+        "first_time_stamp": record.first_time_stamp,
+        "last_time_stamp": record.last_time_stamp,
+        "started": record.started,
+        "ended": record.ended,
+        "last_arrival": record.last_arrival,
+    }
 
 
 def is_form(request: AgentRequest) -> bool:
@@ -640,13 +652,23 @@ def sha256_of(file: BinaryIO) -> bytes:
 
 def collect_metrics(folder: storage.Storage) -> Iterator[Metric]:
     """Yield the families of metrics: all come from the folder, so that they are right whichever worker is asked."""
-    records = [folder.run(run) for run in folder.runs()]
-    of_agents: dict[str, list[storage.AgentRecord]] = {}
-    for record in records:
-        for agent, of_run in list(record.agents.items()):
-            of_agents.setdefault(agent, []).append(of_run)
+    of_agents: dict[str, list[tuple[str, Counter[str], int, str]]] = {}
+    reasons = Counter[str]()
+    durations: dict[str, Counter[float]] = {}
+    sums: dict[str, float] = {}
+    for run in folder.runs():
+        with contextlib.suppress(storage.NoSuchRun):  # archived a moment ago
+            record = folder.run(run)
+            with record.lock:
+                for agent, of_run in record.agents.items():
+                    facts = of_run.first_arrival, of_run.outcomes.copy(), of_run.bytes, of_run.last_accepted
+                    of_agents.setdefault(agent, []).append(facts)
+                reasons.update(record.reasons)
+                for field, counts in record.durations.items():
+                    durations.setdefault(field, Counter()).update(counts)
+                    sums[field] = sums.get(field, 0.0) + record.sums[field]
     # Whoever has a token may invent agents; those that came first keep series of their own.
-    for agent in sorted(of_agents, key=lambda agent: min(one.first_arrival for one in of_agents[agent]))[_MAX_AGENTS:]:
+    for agent in sorted(of_agents, key=lambda agent: min(first for first, *_ in of_agents[agent]))[_MAX_AGENTS:]:
         of_agents.setdefault(OTHER_AGENTS, []).extend(of_agents.pop(agent))
 
     name = "dqm_receiver_"
@@ -657,26 +679,22 @@ def collect_metrics(folder: storage.Storage) -> Iterator[Metric]:
     )
     for agent, of_runs in of_agents.items():
         for outcome in storage.OUTCOMES:
-            uploads.add_metric((agent, outcome), sum(of_run.outcomes[outcome] for of_run in of_runs))
-        volume.add_metric((agent,), sum(of_run.bytes for of_run in of_runs))
-        accepted = max(of_run.last_accepted for of_run in of_runs)
+            uploads.add_metric((agent, outcome), sum(outcomes[outcome] for _, outcomes, _, _ in of_runs))
+        volume.add_metric((agent,), sum(size for _, _, size, _ in of_runs))
+        accepted = max(accepted for *_, accepted in of_runs)
         if accepted:
             last.add_metric((agent,), storage.seconds_of(accepted))
     rejections = CounterMetricFamily(name + "rejections", "Rejected uploads by class of reason", labels=("reason",))
-    for reason, count in sorted(sum((record.reasons for record in records), Counter[str]()).items()):
+    for reason, count in sorted(reasons.items()):
         rejections.add_metric((reason,), count)
     yield from (uploads, volume, last, rejections)
 
-    for durations, what in (
-        ("seconds", "Seconds to take in a file"),
-        ("validation_seconds", "Seconds to validate a file"),
-    ):
-        counts = sum((record.durations[durations] for record in records), Counter[float]())
+    for field, what in (("seconds", "Seconds to take in a file"), ("validation_seconds", "Seconds to validate a file")):
+        counts = durations.get(field, Counter())
         below = accumulate(counts[bound] for bound in storage.DURATIONS)
         bounds = (f"{bound:g}".replace("inf", "+Inf") for bound in storage.DURATIONS)
         buckets = list(zip(bounds, below, strict=True))
-        total = sum(record.sums[durations] for record in records)
-        yield HistogramMetricFamily(f"{name}upload_{durations}", what, buckets=buckets, sum_value=total)
+        yield HistogramMetricFamily(f"{name}upload_{field}", what, buckets=buckets, sum_value=sums.get(field, 0.0))
     yield GaugeMetricFamily(name + "uploads_in_progress", "Uploads under way", folder.uploads_in_progress())
     yield GaugeMetricFamily(name + "free_bytes", "Free bytes on the disk of the data folder", folder.free_space())
 

@@ -205,7 +205,7 @@ _KEY_SIZES = struct.Struct(">ihiIh")  # what both have in common
 _PROCESS_ID_BITS = (1 << 48) - 1  # the 16 bits above these in a 64-bit fSeekPdir are TKey's fPidOffset
 _SHORTEST_KEY = _KEY.size + 3  # three empty strings
 _BASKET = struct.Struct(">iiB")  # fNevBuf, fLast and a flag, with which the key of a TBasket ends
-_BASKET_SIZES = (19, 20)  # bytes of TBasket's own fields in all
+_BASKET_SIZE = 19  # bytes of TBasket's own fields in all; one more where the third, fNevBufSize, is negative
 _LONGEST_KEY = (1 << 15) + 4  # fKeylen has 15 bits; 4 more where TDirectory is listed as TDirectoryFile
 
 
@@ -234,11 +234,12 @@ def _parse_key(data: bytes, at: int, end: int) -> tuple[_Key, int]:
         raise InvalidRootFile(f"has impossible lengths (record {size}, key {key_size}, object {object_size})")
     class_name, to = _read_string(data, to)
     name, to = _read_string(data, to)
-    length = _read_string(data, to)[1] - at
+    _, to = _read_string(data, to)
+    length = to - at
     if length != key_size:
         # TBasket adds fields of its own to the key. Where ROOT 5 and 6 store a TDirectoryFile as TDirectory, the key
         # list has the long name behind the length of a key with the short one.
-        if class_name == b"TBasket" and key_size - length in _BASKET_SIZES:
+        if class_name == b"TBasket" and to + 6 < len(data) and key_size - length == _BASKET_SIZE + (data[to + 6] >> 7):
             length = key_size
         elif class_name != b"TDirectoryFile" or length != key_size + 4:
             raise InvalidRootFile(f"has {key_size} bytes, but its class, name and title make it {length}")
@@ -274,12 +275,13 @@ class _Tree(NamedTuple):
             raise InvalidRootFile(f"{what}: the record at byte {position} has a place elsewhere, too")
         self.heads[position] = head
 
-    def refer_unlisted(self, file: _File, start: int, end: int, what: object) -> _Key:
-        """Note a record that has no copy of its key elsewhere, and return the key."""
+    def refer_unlisted(self, file: _File, start: int, end: int, what: object, *directories: int) -> _Key:
+        """Note a record that is in no key list, and return the key, which must name one of `directories` as its own."""
         key, head = _read_key(file, start, end, what)
-        if key.position != start:
-            raise InvalidRootFile(f"{what}: the key at byte {start} says that it is at byte {key.position}")
         self.refer(start, head, what)
+        if key.position != start or key.cycle != 1 or key.directory not in directories:
+            is_at = f"is at byte {key.position}, of cycle {key.cycle} and in the directory at byte {key.directory}"
+            raise InvalidRootFile(f"{what}: the key at byte {start} says that it {is_at}")
         return key
 
     def newest(self) -> list[_Key]:
@@ -309,7 +311,12 @@ class _Directory(NamedTuple):
 
 def _read_directories(file: _File, header: _Header) -> _Tree:
     tree = _Tree({}, [], {})
-    root = tree.refer_unlisted(file, header.begin, header.end, "root directory")
+    root = tree.refer_unlisted(file, header.begin, header.end, "root directory", 0)
+    # The name and the title of the file, with which its key ends, stand once more behind the key.
+    data, at = file.load(header.begin, min(header.name_size, 2 * root.key_size))
+    middle, end = at + root.key_size, at + header.name_size
+    if header.name_size <= root.key_size or data[middle:end] != data[2 * middle - end : middle]:
+        raise InvalidRootFile("root directory: its name differs from the one in its key")
     # A stack and not recursion: the depth is the file's to choose.
     pending = [_Directory(header.begin, header.begin + header.name_size, header.begin + root.size, 0, 0)]
     directories = 1
@@ -357,7 +364,9 @@ def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, 
     file.lists_left -= size
     if file.lists_left < 0:
         raise InvalidRootFile(f"key lists of more than {MAX_KEY_LISTS} bytes")
-    own = tree.refer_unlisted(file, start, start + size, directory)
+    # uproot says that a key list is in the mother directory.
+    owners = directory.position, directory.parent, header.begin
+    own = tree.refer_unlisted(file, start, start + size, directory, *owners)
     if own.size != size:
         raise InvalidRootFile(f"{directory}: key list at byte {start} has {own.size} bytes and not {size}")
     at, end = start + own.key_size, start + size
@@ -485,6 +494,8 @@ def _read_unlike(file: _File, header: _Header, tree: _Tree, position: int, liste
         return position - size
     if size == 0 and listed is None:
         return _skip_zeros(file, position, header.end)
+    if listed is None and size >> 16 == 1 and file.pread(position, _FREE.size) == _last_segment(position + _FREE.size):
+        return position + _FREE.size
     key, head = _read_key(file, position, header.end, "record")
     if key.position != position or position + size > header.end:
         raise InvalidRootFile(f"{key} is at byte {position} and has {size} bytes of {header.end - position}")
@@ -498,6 +509,11 @@ def _read_unlike(file: _File, header: _Header, tree: _Tree, position: int, liste
     elif not _same(listed, key):
         raise InvalidRootFile(f"{key}: its key differs from the copy in the key list")
     return position
+
+
+def _last_segment(end: int) -> bytes:
+    """Return the last free segment of a file that ended there: uproot leaves it behind where its list becomes shorter."""
+    return _FREE.pack(1, end, 2_000_000_000) if end < 2_000_000_000 else b""
 
 
 def _check_basket(key: _Key, head: bytes) -> None:
@@ -520,7 +536,7 @@ def _same(listed: bytes, key: _Key) -> bool:
 def _refer_to(file: _File, header: _Header, tree: _Tree, what: str, position: int, size: int) -> _Key:
     if not header.begin < position < position + size <= header.end:
         raise InvalidRootFile(f"header: {what} of {size} bytes at byte {position}, outside the file")
-    key = tree.refer_unlisted(file, position, position + size, what)
+    key = tree.refer_unlisted(file, position, position + size, what, header.begin)
     if key.size != size:
         raise InvalidRootFile(f"{what} at byte {position} has {key.size} bytes, the header says {size}")
     return key

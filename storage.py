@@ -49,7 +49,7 @@ _ROOM_CHECK = 64 << 20  # bytes written between two looks at the free space
 _SWEEP_INTERVAL = 600.0  # seconds
 _FOREIGN_AGE = 3600.0  # seconds without a byte after which another host's upload may be taken for dead
 
-_RECEIPTS_NAME = re.compile(r"([0-9]{1,10})\.jsonl")
+_RECEIPTS_NAME = re.compile(r"(0|[1-9][0-9]{0,9})\.jsonl")
 _BOUND_FOR = ","  # between the name of an upload and the one it is about to take from another file
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
 
@@ -231,18 +231,19 @@ class AgentRecord:
         return self.last_end is not None and (self.last_start is None or self.last_start <= self.last_end)
 
     def add(self, receipt: Mapping[str, Any]) -> None:
+        # The time of arrival is that of the beginning, but receipts are written at the end of uploads.
+        arrival = receipt["received_at"]
         self.outcomes[receipt["outcome"]] += 1
-        self.last_arrival = receipt["received_at"]
-        self.first_arrival = self.first_arrival or self.last_arrival
+        self.last_arrival = max(arrival, self.last_arrival)
+        self.first_arrival = min(arrival, self.first_arrival or arrival)
         if receipt["outcome"] == "rejected":
             return
-        self.last_accepted = self.last_arrival
+        self.last_accepted = max(arrival, self.last_accepted)
         if receipt["outcome"] != "duplicate":
             self.bytes += receipt["size"]
         time_stamp = receipt["time_stamp"]
-        self.first_time_stamp = min(
-            time_stamp, self.first_time_stamp if self.first_time_stamp is not None else time_stamp
-        )
+        first = time_stamp if self.first_time_stamp is None else self.first_time_stamp
+        self.first_time_stamp = min(time_stamp, first)
         self.last_time_stamp = max(time_stamp, self.last_time_stamp or 0)
         if receipt["data_status"] == DATA_START:
             self.last_start = max(time_stamp, self.last_start or 0)
@@ -255,11 +256,11 @@ class RunRecord:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._file = self._read = 0
+        self.lock = threading.Lock()  # to be held while the record is looked at
         self._clear()
 
     def _clear(self) -> None:
+        self._read, self._last = 0, b""  # bytes read, and the last line of them
         self.agents: dict[str, AgentRecord] = {}
         self.reasons: Counter[str] = Counter()  # classes of reasons for rejections
         # By a receipt's field: the uploads by the first of DURATIONS that they did not pass, and the sum of their seconds.
@@ -267,26 +268,33 @@ class RunRecord:
         self.sums: dict[str, float] = dict.fromkeys(self.durations, 0.0)
 
     def update(self) -> None:
-        """Read the receipts that have come since the last time."""
-        with self._lock, os_errors(), self.path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self._file or status.st_size < self._read:  # a different file: archived, restored
+        """Read the receipts that have come since the last time; raises OSError."""
+        with self.lock, self.path.open("rb") as file:
+            file.seek(self._read - len(self._last))
+            if file.read(len(self._last)) != self._last:  # not the file it was: archived, restored, edited
                 self._clear()
-                self._file, self._read = status.st_ino, 0
-            file.seek(self._read)
+                file.seek(0)
             while (line := file.readline()).endswith(b"\n"):  # one that is being written is read the next time
-                self._read += len(line)
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash
+                self._read, self._last = self._read + len(line), line
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, AttributeError
+                ):  # torn by a crash, or foreign
                     self._add(json.loads(line))
 
     def _add(self, receipt: Mapping[str, Any]) -> None:
+        seconds = {name: receipt[name] for name in self.durations if receipt[name] is not None}
+        kinds = {"agent": str, "outcome": str, "received_at": str, "size": int, "time_stamp": int, "data_status": int}
+        if not all(isinstance(receipt[name], kind) for name, kind in kinds.items()):
+            raise TypeError("not a receipt")
+        if receipt["outcome"] not in OUTCOMES or min(seconds.values(), default=0) < 0:
+            raise ValueError("not a receipt")
+        seconds_of(receipt["received_at"])
         self.agents.setdefault(receipt["agent"], AgentRecord()).add(receipt)
         if receipt["outcome"] == "rejected":
-            self.reasons[receipt["reason_class"]] += 1
-        for name, counts in self.durations.items():
-            if receipt[name] is not None:
-                counts[DURATIONS[bisect_left(DURATIONS, receipt[name])]] += 1
-                self.sums[name] += receipt[name]
+            self.reasons[str(receipt["reason_class"])] += 1
+        for name, number in seconds.items():
+            self.durations[name][DURATIONS[bisect_left(DURATIONS, number)]] += 1
+            self.sums[name] += number
 
 
 class Storage:
@@ -529,15 +537,15 @@ class Storage:
 
     def runs(self) -> list[int]:
         """Return the runs that have receipts, sorted."""
-        with os_errors(), os.scandir(self.folder / RECEIPTS) as entries:
-            return sorted(int(match[1]) for entry in entries if (match := _RECEIPTS_NAME.fullmatch(entry.name)))
+        found = (_RECEIPTS_NAME.fullmatch(name) for name in self._hidden_names(RECEIPTS))
+        return sorted(int(match[1]) for match in found if match)
 
     def run(self, run: int) -> RunRecord:
         """Return what the receipts of a run say so far; raises NoSuchRun."""
         record = self._runs.setdefault(run, RunRecord(self._receipts_path(run)))
         try:
             record.update()
-        except Unavailable as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             self._runs.pop(run, None)
             raise NoSuchRun(f"There is no run {run}") from error
         return record
@@ -548,15 +556,24 @@ class Storage:
             status = self._receipts_path(run).stat()
         except OSError as error:
             raise NoSuchRun(f"There is no run {run}") from error
-        return f"{status.st_ino:x}-{status.st_size:x}"
+        return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
     def _receipts_path(self, run: int) -> Path:
         return self.folder / RECEIPTS / f"{run}.jsonl"
 
     def uploads_in_progress(self) -> int:
         """Return how many uploads are under way, through whatever process and host."""
-        with os_errors(), os.scandir(self.folder / INCOMING) as entries:
-            return sum(1 for _ in entries)
+        return len(self._hidden_names(INCOMING))
+
+    def _hidden_names(self, subfolder: str) -> list[str]:
+        """Return the names of the regular files in a hidden folder; there are none where somebody has removed it."""
+        with os_errors():
+            try:
+                with os.scandir(self.folder / subfolder) as entries:
+                    return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+            except FileNotFoundError:
+                os.stat(self.folder)
+                return []
 
     def check_health(self) -> None:
         """Write, read and remove a small hidden file; raises NoRoom or Unavailable."""

@@ -74,20 +74,28 @@ def client(make_app: Callable[..., receiver.Receiver]) -> Client:
 class Server:
     """A real gunicorn with the shipped gunicorn.conf.py."""
 
-    def __init__(self, environ: Mapping[str, str], log: Path, arguments: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        log: Path,
+        arguments: tuple[str, ...],
+        prefix: tuple[str, ...] = (),
+        cwd: Path = PROJECT,
+        python: str = sys.executable,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.files = self.url + FILES
         self.log = log
-        command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{self.port}", *arguments]
-        with log.open("ab") as output:
+        self.environ, self.cwd = {**os.environ, **environ}, cwd
+        self.command = [*prefix, python, "-m", "gunicorn", "--bind", f"127.0.0.1:{self.port}", *arguments]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                command,
-                cwd=PROJECT,
-                env={**os.environ, **environ},
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+                self.command, cwd=self.cwd, env=self.environ, stdout=output, stderr=output, start_new_session=True
             )
         self.wait()
 

@@ -696,7 +696,7 @@ def test_two_directories_with_one_key_list(refuse: Refuse) -> None:
     content = bytearray(file.close())
     for at in (10, 26):  # fNbytesKeys, fSeekKeys
         content[other.start + at : other.start + at + 4] = content[one.start + at : one.start + at + 4]
-    refuse(bytes(content), "has a place elsewhere, too")
+    refuse(bytes(content), "in the directory at byte")
 
 
 def nested(depth: int) -> bytes:

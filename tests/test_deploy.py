@@ -1,0 +1,417 @@
+"""The files in deploy/: the real nginx, uWSGI and gunicorn with them, and what systemd says of the unit."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import uproot
+from conftest import (
+    FILES,
+    HEADERS,
+    HISTOGRAMS,
+    NAME,
+    PROFILES,
+    PROJECT,
+    TOKEN,
+    Answer,
+    Nginx,
+    Server,
+    adapted,
+    free_port,
+    receipts,
+    settings,
+    visible,
+)
+from werkzeug.test import Client
+
+import receiver
+
+DEPLOY = PROJECT / "deploy"
+UWSGI = Path(sys.executable).with_name("uwsgi")
+LARGE = 200 << 20  # bytes
+LIMIT = 2 << 30  # bytes a file may have by default
+PREFIXES = {"gunicorn": "https://dqm.example.org", "uwsgi": "https://overwatch.example.org/dqm"}
+
+# What stands for Overwatch: it sets up the root logger and has pages of its own.
+OVERWATCH = """
+import logging
+from flask import Flask
+logging.basicConfig(level=logging.WARNING)
+app = Flask(__name__)
+app.add_url_rule("/", view_func=lambda: "Overwatch's page")
+"""
+
+
+def unit() -> configparser.ConfigParser:
+    """Return the systemd unit; of a key that is there several times, the last value."""
+    parser = configparser.ConfigParser(interpolation=None, strict=False, delimiters="=", comment_prefixes="#")
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string((DEPLOY / "dqm-receiver.service").read_text().replace("\\\n", " "))
+    return parser
+
+
+def gunicorn_setting(name: str) -> Any:
+    return runpy.run_path(str(PROJECT / "gunicorn.conf.py"))[name]
+
+
+class Uwsgi:
+    """A real uWSGI with the shipped deploy/uwsgi.ini and deploy/overwatch_wsgi.py."""
+
+    def __init__(self, base: Path, folder: Path) -> None:
+        if not UWSGI.exists():
+            pytest.skip("uWSGI is not installed for this Python: pip install pyuwsgi")
+        self.socket, self.log = base / "uwsgi.sock", base / "uwsgi.log"
+        overwatch = base / "python/overwatch/webApp"
+        overwatch.mkdir(parents=True)
+        (overwatch / "run.py").write_text(OVERWATCH)
+        changes = {
+            "/opt/overwatch/share/dqm-receiver/": f"{DEPLOY}/",
+            "/run/overwatch/uwsgi.sock": str(self.socket),
+        }
+        (base / "uwsgi.ini").write_text(adapted((DEPLOY / "uwsgi.ini").read_text(), changes))
+        self.command = [str(UWSGI), "--ini", str(base / "uwsgi.ini")]
+        self.environ = {**os.environ, **settings(folder), "PYTHONPATH": f"{base / 'python'}:{PROJECT}"}
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        self.log.write_text("")
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, env=self.environ, stdout=output, stderr=output, start_new_session=True
+            )
+        end = time.monotonic() + 60
+        while self.log.read_text().count("WSGI app 0") < 2:  # processes
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.stop()
+                raise RuntimeError(f"uWSGI does not serve:\n{self.log.read_text()}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Site:
+    """nginx and behind it, by name of the server: data folder, log and what runs."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.folders = {name: base / f"{name}-data" for name in PREFIXES}
+        self.gunicorn = self.start_gunicorn()
+        self.uwsgi: Uwsgi | None = None
+        (base / "uwsgi").mkdir()
+        with contextlib.suppress(pytest.skip.Exception):
+            self.uwsgi = Uwsgi(base / "uwsgi", self.folders["uwsgi"])
+        self.nginx = Nginx(
+            base / "nginx",
+            {
+                "server 127.0.0.1:8080": f"server 127.0.0.1:{self.gunicorn.port}",
+                "/run/overwatch/uwsgi.sock": str(base / "uwsgi/uwsgi.sock"),
+            },
+        )
+
+    def start_gunicorn(self) -> Server:
+        """Start gunicorn with the arguments of the systemd unit, but for where its settings are."""
+        line = shlex.split(unit()["Service"]["ExecStart"].replace("%%", "%"))
+        assert line[1] == "--config"
+        return Server(settings(self.folders["gunicorn"]), self.base / "gunicorn.log", tuple(line[3:]))
+
+    def logs(self, name: str) -> str:
+        return (self.base / "gunicorn.log" if name == "gunicorn" else self.base / "uwsgi/uwsgi.log").read_text()
+
+    def stop(self) -> None:
+        self.nginx.stop()
+        self.gunicorn.stop()
+        if self.uwsgi:
+            self.uwsgi.stop()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    for program in ("nginx", "openssl", "curl"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    site = Site(tmp_path_factory.mktemp("site"))
+    yield site
+    site.stop()
+
+
+class Way:
+    """A way to the receiver: through nginx to gunicorn, or to uWSGI with Overwatch."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        if name == "uwsgi" and site.uwsgi is None:
+            pytest.skip("uWSGI is not installed for this Python: pip install pyuwsgi")
+        self.site, self.name, self.folder, self.prefix = site, name, site.folders[name], PREFIXES[name]
+
+    def __call__(self, path: str, *arguments: str, send: bytes | None = None, **changes: Any) -> Answer:
+        """Run curl; `changes` of the usual headers, None for none."""
+        headers = {name: value for name, value in {**HEADERS, **changes}.items() if value is not None}
+        return self.site.nginx.curl(self.prefix + path, *arguments, headers=headers, send=send)
+
+    def connect(self) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=str(self.site.nginx.certificate))
+        plain = socket.create_connection(("127.0.0.1", self.site.nginx.port), 60)
+        return context.wrap_socket(plain, server_hostname=self.prefix.split("/")[2])
+
+    def head(self, length: int, **changes: str) -> bytes:
+        """Return the head of an upload of so many bytes."""
+        host, _, prefix = self.prefix.removeprefix("https://").partition("/")
+        fields = {"Host": host, "Content-Length": str(length), "Connection": "close", **HEADERS, **changes}
+        lines = [f"POST {prefix and '/' + prefix}{FILES} HTTP/1.1", *(f"{name}: {fields[name]}" for name in fields)]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+@pytest.fixture(params=list(PREFIXES))
+def way(site: Site, request: pytest.FixtureRequest) -> Way:
+    return Way(site, request.param)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A valid file of 200 MB: a tree, not compressed."""
+    path = tmp_path_factory.mktemp("large") / "large.root"
+    values = numpy.random.default_rng(1).random(LARGE // 8 // 4)
+    with uproot.recreate(path, compression=None) as file:
+        tree = file.mktree("tree", {"x": numpy.float64})
+        for _ in range(4):
+            tree.extend({"x": values})
+    assert path.stat().st_size > LARGE
+    return path
+
+
+def answer_of(connection: ssl.SSLSocket) -> tuple[int, Any]:
+    """Read an answer up to the end of the connection."""
+    received = b""
+    with contextlib.suppress(ssl.SSLError, ConnectionResetError):
+        while piece := connection.recv(1 << 16):
+            received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert b"application/json" in head
+    return int(head.split()[1]), json.loads(body)
+
+
+# --- uploads -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_200_mb_arrives_without_nginx_writing_it_down(way: Way, large: Path) -> None:
+    how = ["-F", f"file=@{large}"] if way.name == "gunicorn" else ["--data-binary", f"@{large}"]
+    answer = way(FILES, *how, runNumber="200")
+    assert answer.status == 200, answer
+    assert answer.json["size"] == large.stat().st_size
+    stored = way.folder / answer.json["filename"]
+    subprocess.run(["cmp", stored, large], check=True)
+    assert "buffered to a temporary file" not in way.site.nginx.errors.read_text()
+    stored.unlink()
+
+
+@pytest.mark.parametrize(("form", "expect"), [(True, "Expect:"), (False, "Expect: 100-continue")])
+def test_a_sender_of_100_mb_sees_that_its_token_is_wrong(way: Way, tmp_path: Path, form: bool, expect: str) -> None:
+    sent = tmp_path / "sent"
+    with sent.open("wb") as file:
+        file.truncate(100 << 20)
+    how = ["-F", f"file=@{sent}"] if form else ["--data-binary", f"@{sent}"]
+    answer = way(FILES, *how, "-H", expect, token="wrong")
+    assert (answer.status, answer.json["message"], answer.curl) == (400, receiver.WRONG_TOKEN, 0)
+
+
+def test_an_invalid_file_is_refused_with_the_reason(way: Way) -> None:
+    answer = way(FILES, "--data-binary", "@-", send=HISTOGRAMS[:-100], runNumber="202")
+    assert answer.status == 400
+    assert answer.json["message"] == receiver.NOT_VALID
+    assert answer.json["reason"]
+    assert receipts(way.folder, 202)[0]["outcome"] == "rejected"
+
+
+def test_a_body_of_unknown_length_arrives(way: Way) -> None:
+    answer = way(FILES, "--data-binary", "@-", "-H", "Transfer-Encoding: chunked", send=PROFILES, runNumber="203")
+    assert answer.status == 200, answer
+    assert visible(way.folder)[answer.json["filename"]] == PROFILES
+
+
+@pytest.fixture(scope="module")
+def pausing(site: Site) -> Callable[[str], tuple[int, Any]]:
+    """Begin an upload on each way that pauses for 5 s; uWSGI by default waits for 4."""
+
+    def send(name: str) -> tuple[int, Any]:
+        way = Way(site, name)
+        with way.connect() as connection:
+            connection.sendall(way.head(len(HISTOGRAMS), runNumber="204") + HISTOGRAMS[:2000])
+            time.sleep(5)
+            connection.sendall(HISTOGRAMS[2000:])
+            return answer_of(connection)
+
+    pool = ThreadPoolExecutor()
+    names = [name for name in PREFIXES if name == "gunicorn" or site.uwsgi]
+    answers = {name: pool.submit(send, name) for name in names}
+    return lambda name: answers[name].result(60)
+
+
+def test_a_sender_that_pauses_is_waited_for(way: Way, pausing: Callable[[str], tuple[int, Any]]) -> None:
+    status, answer = pausing(way.name)
+    assert (status, answer["message"]) == (200, receiver.SUCCESS)
+
+
+def test_a_body_beyond_the_limit_is_refused_at_once_in_json(way: Way) -> None:
+    """nginx answers this one: the limit is the receiver's, and so is the form of the answer."""
+    with way.connect() as connection:
+        connection.sendall(way.head(LIMIT + (2 << 20)))
+        for _ in range(16):
+            connection.sendall(bytes(1 << 20))
+        connection.settimeout(10)
+        received = b""
+        while b"}" not in received:
+            received += connection.recv(1 << 16)
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    assert b"Content-Type: application/json" in head
+    assert json.loads(body) == {
+        "status": 413,
+        "message": f"The file is larger than the limit of {LIMIT} bytes",
+        "received": None,
+    }
+
+
+# --- downloads ---------------------------------------------------------------------------------------------------------
+
+
+RANGES = {"0-3": (0, 4), "100-200": (100, 201), "100-": (100, None), "-5": (-5, None)}
+
+
+def test_a_file_is_given_back_whole_and_in_ranges(way: Way) -> None:
+    way(FILES, "--data-binary", "@-", send=HISTOGRAMS)
+    answer = way(f"{FILES}/{NAME}")
+    assert (answer.status, answer.body) == (200, HISTOGRAMS)
+    for asked, (start, end) in RANGES.items():
+        answer = way(f"{FILES}/{NAME}", "-r", asked)
+        assert (answer.status, answer.body) == (206, HISTOGRAMS[start:end]), asked
+    answer = way(f"{FILES}/{NAME}", "-r", f"{len(HISTOGRAMS)}-")
+    assert (answer.status, answer.json["status"]) == (416, 416)
+    assert way(f"{FILES}/{NAME}", "--head").headers["content-length"] == str(len(HISTOGRAMS))
+
+
+@pytest.mark.parametrize(("asked", "start", "end"), [(asked, *span) for asked, span in RANGES.items()])
+def test_ranges_are_right_where_the_servers_file_wrapper_sends_files_from_their_start(
+    client: Client, asked: str, start: int, end: int | None
+) -> None:
+    def sendfile(file: Any, size: int) -> Iterator[bytes]:
+        """As uWSGI's: it takes the file's descriptor and knows nothing of a position."""
+        yield os.pread(file.fileno(), 1 << 20, 0)
+        file.close()
+
+    client.post(FILES, data=HISTOGRAMS, headers=HEADERS)
+    headers = {"token": TOKEN, "Range": f"bytes={asked}"}
+    answer = client.get(f"{FILES}/{NAME}", headers=headers, environ_overrides={"wsgi.file_wrapper": sendfile})
+    assert answer.get_data() == HISTOGRAMS[start:end]
+
+
+# --- around it ---------------------------------------------------------------------------------------------------------
+
+
+def test_overwatch_keeps_its_own_pages(site: Site) -> None:
+    way = Way(site, "uwsgi")
+    assert site.nginx.curl("https://overwatch.example.org/").body == b"Overwatch's page"
+    assert way("/").json["message"] == "Not implemented"
+    assert way("/rest/api/health", token=None).status == 200
+    assert way("/nowhere").json["status"] == 404
+
+
+def test_the_logs_have_the_clients_address_and_the_upload_but_no_token(way: Way) -> None:
+    answer = way(FILES, "--data-binary", "@-", "--interface", "127.0.0.9", send=HISTOGRAMS, runNumber="205")
+    assert answer.status == 200
+    (line,) = [line for line in way.site.nginx.log.read_text().splitlines() if 'run="205"' in line and way.name]
+    assert line.startswith("127.0.0.9 ")
+    log = way.site.logs(way.name)
+    assert re.search(r"127\.0\.0\.9 \"POST (/dqm)?/rest/api/files HTTP/1\.[01]\" 200 ", log), log
+    assert f'outcome="stored" sender="default" run=205 agent="testagent" filename="{answer.json["filename"]}"' in log
+    way.site.nginx.log.write_text("")
+    for text in (log, line, way.site.nginx.errors.read_text()):
+        assert TOKEN not in text
+
+
+def test_while_the_receiver_is_away_nginx_says_so_in_json(tmp_path: Path) -> None:
+    away = {"server 127.0.0.1:8080": f"server 127.0.0.1:{free_port()}", "/run/overwatch/": f"{tmp_path}/"}
+    nginx = Nginx(tmp_path / "nginx", away)
+    try:
+        for prefix in PREFIXES.values():
+            answer = nginx.curl(prefix + FILES, "--data-binary", "@-", send=HISTOGRAMS)
+            assert answer.status == 503
+            assert answer.json["status"] == 503
+            assert answer.headers["content-type"] == "application/json"
+    finally:
+        nginx.stop()
+
+
+@pytest.mark.parametrize("name", list(PREFIXES))
+def test_an_upload_under_way_is_finished_before_the_server_stops(site: Site, name: str) -> None:
+    way = Way(site, name)
+    server = site.gunicorn if name == "gunicorn" or not site.uwsgi else site.uwsgi
+    process = server.process
+    with way.connect() as connection:
+        connection.sendall(way.head(len(HISTOGRAMS), runNumber="206") + HISTOGRAMS[:2000])
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)  # to the master, as KillMode=mixed does
+        time.sleep(1)
+        connection.sendall(HISTOGRAMS[2000:])
+        status, answer = answer_of(connection)
+    assert (status, answer["message"]) == (200, receiver.SUCCESS)
+    process.wait(20)
+    server.start()  # for the other tests
+
+
+# --- what agrees with what ---------------------------------------------------------------------------------------------
+
+
+def test_the_limits_of_nginx_agree_with_the_receivers() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    limit = receiver.Settings.read({"DQM_RECEIVER_TOKEN": TOKEN}).max_file_size
+    assert set(re.findall(r"client_max_body_size (\S+);", text)) == {f"{(limit + receiver._FORM_OVERHEAD) >> 20}m"}
+    assert set(re.findall(r"limit of (\d+) bytes", text)) == {str(limit)}
+    assert set(re.findall(r"(?:client_body_timeout|send_timeout) (\S+);", text)) == {f"{gunicorn_setting('STALLED')}s"}
+
+
+def test_systemd_gives_uploads_the_time_that_gunicorn_gives_them() -> None:
+    assert int(unit()["Service"]["TimeoutStopSec"]) > gunicorn_setting("graceful_timeout")
+
+
+def systemd_analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+    path = tmp_path / "dqm-receiver.service"
+    path.write_text(
+        adapted((DEPLOY / "dqm-receiver.service").read_text(), {"/opt/dqm-receiver/bin/gunicorn": sys.executable})
+    )
+    run = systemd_analyze("verify", "--man=no", str(path))
+    assert (run.returncode, run.stdout + run.stderr) == (0, "")
+
+
+def test_systemd_finds_the_unit_hardened() -> None:
+    run = systemd_analyze("security", "--offline=true", "--threshold=20", str(DEPLOY / "dqm-receiver.service"))
+    if "unrecognized option" in run.stderr:
+        pytest.skip("this systemd-analyze knows no --offline")
+    assert run.returncode == 0, run.stdout
