@@ -187,6 +187,8 @@ class Layout:
         self.end = self.fields[-1].read(self.data)
         at = self._field("header fSeekFree", at, wide)
         self.free_list = self.fields[-1].read(self.data)
+        if not self.free_list:  # else the list has fEND once more; here there may be further records behind it
+            self._mark(Part.ONCE, at - 2 * wide, at - wide)
         at = self._field("header fNbytesFree", at, 4)
         at = self._field("header nfree", at, 4, Part.STRUCTURE if self.free_list else Part.SLACK)
         self.free_segments = self.fields[-1].read(self.data)

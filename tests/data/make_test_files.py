@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore", message="\\s*This distribution of ROOT is in alpha stage")
-import ROOT  # noqa: E402  (the warning comes with the import)
+import ROOT
 
 Content = Callable[[Any], None]  # fills an open TFile
 Writer = Callable[[Path], None]  # writes the whole file
@@ -909,7 +909,7 @@ def in_child(work: Callable[[], str]) -> tuple[str, int]:
             ROOT.TProcessID.GetSessionProcessID().SetTitle("00000000-1111-2222-3333-444444444444")
             os.write(write_end, work().encode())
             status = 0
-        except Exception as error:  # the process must end here, whatever happens
+        except Exception as error:  # noqa: BLE001  the process must end here, whatever happens
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:
             sys.stderr.flush()

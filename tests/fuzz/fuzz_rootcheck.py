@@ -69,12 +69,12 @@ class Target:
 
     def __call__(self, data: bytes) -> None:
         Path(self.path).write_bytes(data)
-        start = time.monotonic()
+        start = time.process_time()  # the machine may stand still, too
         try:
             rootcheck.check_root_file(self.path)
         except rootcheck.InvalidRootFile:
             pass
-        if (seconds := time.monotonic() - start) > SECONDS:
+        if (seconds := time.process_time() - start) > SECONDS:
             raise TimeoutError(f"{seconds:.1f} s for {len(data)} bytes")
 
 
