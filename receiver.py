@@ -170,6 +170,7 @@ class AgentRequest(Request):
         super().__init__(environ)
         self.body = Body(environ)
         self.sender = ""
+        self.noted = False  # whether the log has a line about it
 
 
 class Body:
@@ -284,6 +285,11 @@ class Receiver:
             response = self.dispatch(request)
         except Exception as error:  # noqa: BLE001  one place turns whatever happens into an answer
             response = refuse(request, error)
+            if request.method == "POST" and not request.noted:
+                logger.info(
+                    "refused status=%s sender=%s message=%s",
+                    *map(json.dumps, (response.status_code, request.sender, str(error))),
+                )
             request.body.discard(max(self.settings.max_file_size, _MIN_DISCARD))
         return response(environ, start_response)
 
@@ -317,6 +323,7 @@ class Receiver:
         began = time.monotonic()
         headers = UploadHeaders.read(request.headers)
         name = storage.file_name(headers.agent, headers.run, headers.time_stamp)
+        request.noted = True
         receipt: dict[str, Any] = {
             "received_at": storage.now(),
             "outcome": "rejected",

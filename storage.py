@@ -553,7 +553,9 @@ class Storage:
     def receipts_tag(self, run: int) -> str:
         """Return what changes whenever the receipts of a run do; raises NoSuchRun."""
         try:
-            with self._receipts_path(run).open("rb") as file:  # NFS asks its server when a file is opened, not for a stat
+            with self._receipts_path(run).open(
+                "rb"
+            ) as file:  # NFS asks its server when a file is opened, not for a stat
                 status = os.fstat(file.fileno())
         except OSError as error:
             raise NoSuchRun(f"There is no run {run}") from error
