@@ -115,7 +115,8 @@ class _File:
         at = start - self._start
         if at < 0 or at + length > len(self._window):
             self._window = b""  # let go of the old bytes before the new ones take their room
-            self._window = self.pread(start, max(length, _WINDOW))
+            # No more than there is: a buffer of 1 MiB that is not filled takes longer than a small file.
+            self._window = self.pread(start, max(length, min(_WINDOW, self.size - start)))
             self._start, at = start, 0
             if len(self._window) < length:
                 raise InvalidRootFile(f"the file ends at byte {self.size}, {length} bytes were to be at byte {start}")
@@ -365,7 +366,7 @@ def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, 
     if file.lists_left < 0:
         raise InvalidRootFile(f"key lists of more than {MAX_KEY_LISTS} bytes")
     # uproot says that a key list is in the mother directory.
-    owners = directory.position, directory.parent, header.begin
+    owners = directory.position, directory.parent or header.begin, header.begin
     own = tree.refer_unlisted(file, start, start + size, directory, *owners)
     if own.size != size:
         raise InvalidRootFile(f"{directory}: key list at byte {start} has {own.size} bytes and not {size}")
@@ -381,9 +382,12 @@ def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, 
     directories = []
     top = None if directory.depth else tree.top
     heads, load, unpack = tree.heads, file.load, _KEY.unpack_from
+    data, shift = b"", 0
     for _ in range(count):
-        left = end - at
-        data, index = load(at, min(_LONGEST_KEY, left))
+        left, index = end - at, at + shift
+        if index + _LONGEST_KEY > len(data):
+            data, index = load(at, min(_LONGEST_KEY, left))
+            shift = index - at
         try:  # This loop and that of _walk_records take most of the time: the usual key, 4-byte positions and short strings
             size, version, object_size, _, key_size, cycle, position, its_directory = unpack(data, index)
             class_at = index + _KEY.size + 1
@@ -393,7 +397,8 @@ def _list_keys(file: _File, header: _Header, directory: _Directory, start: int, 
         except (IndexError, struct.error):
             usual = False
         if usual and object_size >= 0:
-            class_name, name = _text(data[class_at : name_at - 1]), _text(data[name_at : title_at - 1])
+            class_name = data[class_at : name_at - 1].decode("utf-8", "backslashreplace")
+            name = data[name_at : title_at - 1].decode("utf-8", "backslashreplace")
             key = _Key(size, object_size, key_size, cycle, position, class_name, name, its_directory)
             head = data[index : index + key_size]
         else:
@@ -625,9 +630,11 @@ def _inflate_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | Non
     if kind != b"ZL\x08" or block_stored | high << 16 != stored - _BLOCK.size or block_size | higher << 16 != size:
         return None
     try:
-        return _inflate_zlib(memoryview(data)[at + _BLOCK.size : end], size)
-    except (InvalidRootFile, deflate.DeflateError):
+        inflated: bytearray = deflate.zlib_decompress(data[at + _BLOCK.size : end], size)
+    except deflate.DeflateError:
         return None
+    checksum = int.from_bytes(data[end - 4 : end], "big")
+    return inflated if len(inflated) == size and deflate.adler32(inflated) == checksum else None
 
 
 def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | bytearray:
