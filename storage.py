@@ -310,6 +310,8 @@ class Storage:
         self._host = _host_id()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_subfolders()
+        with contextlib.suppress(OSError):  # a folder that may not be read; only its own name is at stake
+            _sync_folder(self.folder.parent)
         self.sweep()
 
     def _make_subfolders(self) -> None:
