@@ -53,6 +53,7 @@ _CHUNK = 1 << 18  # bytes read at once
 _FORM_CHUNK = 1 << 19  # the same of a form: gunicorn copies what it has received beyond that
 _FORM_OVERHEAD = 1 << 20  # bytes a form may have beside its file
 _MAX_FORM_PARTS = 16
+REASON_CLASSES = ("not valid", "sha256", "no file", "too large", "form", "broken")
 _MAX_AGENTS = 100  # agents with metrics of their own
 OTHER_AGENTS = "(other)"  # no agent can have this name
 _MIN_DISCARD = 64 << 20  # bytes of a refused body that are read in any case, so that its sender sees the answer
@@ -132,6 +133,8 @@ def _read_tokens(token: str | None, path: str | None) -> dict[str, tuple[bytes, 
             tokens[name] = tokens.get(name, ()) + tuple(bytes.fromhex(one) for one in hashes.split())
         if readable_by_all:
             logger.warning("everybody on this host can read the token file %s", path)
+        if not lines:
+            raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: the section [tokens] is empty")
     if not tokens:
         raise ConfigurationError(f"{_PREFIX}TOKEN is not set: the receiver needs the token that senders pass")
     return tokens
@@ -259,7 +262,10 @@ class Receiver:
         except OSError as error:
             folder = settings.data_folder
             raise ConfigurationError(f"{_PREFIX}DATA_FOLDER {folder} cannot be used: {error.strerror}") from error
-        self.validating = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        # By `wsgi.multiprocess`: the processes of gunicorn.conf.py, four at the most, share the cores.
+        slots = {False: cores, True: max(1, cores // 4)}
+        self.validating = {several: threading.BoundedSemaphore(number) for several, number in slots.items()}
         self.routes = Map(
             [
                 Rule("/rest/api/files", methods=["POST"], endpoint=self.receive),
@@ -345,24 +351,28 @@ class Receiver:
         try:
             upload = self.take_in(request, uploads)
             receipt.update(size=upload.size, sha256=upload.sha256)
-            objects = self.check(upload, headers, receipt)
+            objects = self.check(upload, headers, receipt, request.is_multiprocess)
             receipt["objects"] = len(objects)
+            answer = {
+                "status": 200,
+                "filename": name,
+                "message": SUCCESS,
+                "received": {key: found.description for key, found in objects.items()},
+                "size": upload.size,
+                "sha256": upload.sha256,
+            }
             self.storage.accept(upload, receipt, began)
         except (Refusal, storage.StorageError) as refusal:
             self.record_refusal(receipt, refusal, began)
+            raise
+        except Exception as error:
+            receipt.update(outcome="refused", reason=repr(error), seconds=round(time.monotonic() - began, 6))
+            log_upload(receipt)
             raise
         finally:
             for begun in uploads:
                 begun.discard()
         log_upload(receipt)
-        answer = {
-            "status": 200,
-            "filename": name,
-            "message": SUCCESS,
-            "received": {key: found.description for key, found in objects.items()},
-            "size": upload.size,
-            "sha256": upload.sha256,
-        }
         if receipt["outcome"] != "stored":
             answer[receipt["outcome"]] = True
         return answer_json(answer)
@@ -420,13 +430,13 @@ class Receiver:
         return upload
 
     def check(
-        self, upload: storage.Upload, headers: UploadHeaders, receipt: dict[str, Any]
+        self, upload: storage.Upload, headers: UploadHeaders, receipt: dict[str, Any], several: bool
     ) -> dict[str, rootcheck.RootObject]:
         """Return the objects in an upload; raises Refusal where it is not what was sent or not a valid ROOT file."""
         if headers.sha256 is not None and headers.sha256 != upload.sha256:
             message = f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}"
             raise Refusal(message, reason_class="sha256")
-        with self.validating, storage.os_errors():
+        with self.validating[several], storage.os_errors():
             began = time.monotonic()
             try:
                 return rootcheck.check_root_file(upload.path)
@@ -692,8 +702,10 @@ def collect_metrics(folder: storage.Storage) -> Iterator[Metric]:
         if accepted:
             last.add_metric((agent,), storage.seconds_of(accepted))
     rejections = CounterMetricFamily(name + "rejections", "Rejected uploads by class of reason", labels=("reason",))
-    for reason, count in sorted(reasons.items()):
-        rejections.add_metric((reason,), count)
+    for reason in sorted(
+        {*REASON_CLASSES, *reasons}
+    ):  # those with none, too: an increase is seen only from a number on
+        rejections.add_metric((reason,), reasons[reason])
     yield from (uploads, volume, last, rejections)
 
     for field, what in (("seconds", "Seconds to take in a file"), ("validation_seconds", "Seconds to validate a file")):

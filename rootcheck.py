@@ -41,7 +41,7 @@ MAX_INFLATED = 2 << 30  # bytes, of the whole file; or MAX_INFLATION times its s
 MAX_INFLATION = 32
 MAX_INFLATED_SLOWLY = 512 << 20  # bytes; like MAX_INFLATED, for what inflates several times slower than the rest
 MAX_XZ_MEMORY = 256 << 20  # bytes
-MAX_SECONDS = 30.0
+MAX_SECONDS = 30.0  # of processor time
 
 _WINDOW = 1 << 20  # bytes read at once
 _PIECE = 1 << 18  # bytes inflated at once where that can be chosen
@@ -94,7 +94,9 @@ class _File:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.deadline = time.monotonic() + MAX_SECONDS
+        # Of this thread's processor time: a valid file on a slow disk or beside many others has all the time it needs.
+        self.deadline = time.thread_time() + MAX_SECONDS
+        self.error: OSError | None = None  # of uproot's reading
         self._fd = os.open(self.path, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
         self.slow_left = max(MAX_INFLATED_SLOWLY, MAX_INFLATION * self.size)
@@ -123,7 +125,7 @@ class _File:
         return self._window, at
 
     def check_time(self) -> None:
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise InvalidRootFile(f"checking the file takes longer than {MAX_SECONDS:g} s")
 
 
@@ -853,7 +855,11 @@ class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
         self._file = file
 
     def chunk(self, start: int, stop: int) -> _UprootChunk:
-        return _UprootChunk(self, start, stop, self._file.pread(start, stop - start))
+        try:
+            return _UprootChunk(self, start, stop, self._file.pread(start, stop - start))
+        except OSError as error:
+            self._file.error = error
+            raise
 
     def close(self) -> None:
         """Leave the file open; it is not uproot's."""
@@ -864,8 +870,12 @@ def _compare_with_uproot(file: _File, top: Sequence[_Key]) -> None:
     try:
         root = uproot.open({file.path: None}, handler=_UprootSource, file=file, object_cache=None, array_cache=None)
         found = root.classnames(recursive=False)
-    except Exception as error:  # whatever uproot stumbles over: OSError, ValueError, AssertionError, KeyError, ...
-        raise InvalidRootFile(f"uproot cannot read the file: {error}") from error
+    except MemoryError:  # ours: what the file can ask for is bounded by now
+        raise
+    except Exception as error:  # whatever uproot stumbles over: ValueError, AssertionError, KeyError, ...
+        if error is file.error:
+            raise
+        raise InvalidRootFile(f"uproot cannot read the file: {error!r}") from error
     expected = {f"{key.name};{key.cycle}": key.class_name for key in top}
     if found != expected:
         found = {_like_ours(name): _like_ours(class_name) for name, class_name in found.items()}

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -27,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from zoneinfo import ZoneInfo
+
+logger = logging.getLogger("dqm_receiver")
 
 INCOMING = ".incoming"
 REPLACED = ".replaced"
@@ -47,6 +50,7 @@ _ZONE = "Europe/Zurich"  # the names' time zone, whatever the host's
 _CHUNK = 1 << 20  # bytes read at once
 _ROOM_CHECK = 64 << 20  # bytes written between two looks at the free space
 _SWEEP_INTERVAL = 600.0  # seconds
+_BOUND_AGE = 60.0  # seconds after which an upload that is about to take a name is not going to
 _FOREIGN_AGE = 3600.0  # seconds without a byte after which another host's upload may be taken for dead
 
 _RECEIPTS_NAME = re.compile(r"(0|[1-9][0-9]{0,9})\.jsonl")
@@ -308,10 +312,11 @@ class Storage:
         self._swept = 0.0
         self._runs: dict[int, RunRecord] = {}
         self._host = _host_id()
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            _sync_folder(path.parent)
         self._make_subfolders()
-        with contextlib.suppress(OSError):  # a folder that may not be read; only its own name is at stake
-            _sync_folder(self.folder.parent)
         self.sweep()
 
     def _make_subfolders(self) -> None:
@@ -355,6 +360,7 @@ class Storage:
             return os.open(path, flags | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             self._make_subfolders()
+            _sync_folder(self.folder)
             return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def accept(self, upload: Upload, receipt: dict[str, Any], began: float) -> None:
@@ -365,6 +371,7 @@ class Storage:
         target = self.folder / receipt["filename"]
         named, set_aside = False, list[Path]()
         upload.sync()
+        noted = self._receipts_size(receipt["run"])
         try:
             with os_errors():
                 while not named:
@@ -382,7 +389,7 @@ class Storage:
                         return
         except BaseException:
             upload.discard()
-            self._withdraw(upload, target, named, set_aside, receipt)
+            self._withdraw(upload, target, named, set_aside, receipt, noted)
             raise
 
     def _give_name(self, upload: Upload, target: Path, set_aside: list[Path]) -> os.stat_result | None:
@@ -402,9 +409,10 @@ class Storage:
                 return None if upload.is_file(twin) else twin
             # Between the next renaming and the link nothing has the name. Should this process die there, `sweep` finds the
             # name behind that of the upload and finishes the work.
+            self._make_subfolders()
             if upload.path != bound:
                 upload.move(bound)
-            self._make_subfolders()
+                _sync_folder(bound.parent)
             aside = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, aside)
@@ -412,25 +420,37 @@ class Storage:
                 _sync_folder(aside.parent)
 
     def _withdraw(
-        self, upload: Upload, target: Path, named: bool, set_aside: list[Path], receipt: Mapping[str, Any]
+        self,
+        upload: Upload,
+        target: Path,
+        named: bool,
+        set_aside: list[Path],
+        receipt: Mapping[str, Any],
+        noted: int,
     ) -> None:
-        """Undo what `accept` has done, as far as the disk allows, but nothing of what others have done since."""
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            if named:
-                with contextlib.suppress(OSError):
-                    receipts = stack.enter_context(self._open_receipts(receipt["run"]))
-                    if _has_duplicate(receipts, receipt):  # whose sender was promised this very file
-                        return
-                taken = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(target, taken)
-                    if not upload.is_file(os.lstat(taken)):
-                        os.link(taken, target)
-                    os.unlink(taken)
-            for aside in set_aside[-1:]:
-                os.link(aside, target)
-                os.unlink(aside)
-            _sync_folder(self.folder)
+        """Undo what `accept` has done, as far as the disk allows, but nothing of what others have done since.
+
+        `noted` is the number of bytes of the run's receipts before the upload had its name.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                if named:
+                    with contextlib.suppress(OSError):
+                        receipts = stack.enter_context(self._open_receipts(receipt["run"]))
+                        if _has_duplicate(receipts, noted, receipt):  # whose sender was promised this very file
+                            return
+                    taken = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(target, taken)
+                        if not upload.is_file(os.lstat(taken)):
+                            os.link(taken, target)
+                        os.unlink(taken)
+                for aside in set_aside[-1:]:
+                    os.link(aside, target)
+                    os.unlink(aside)
+                _sync_folder(self.folder)
+        except OSError:
+            logger.exception("the upload of %s failed and could not be undone altogether", target.name)
 
     def reject(self, upload: Upload, name: str) -> None:
         """Keep an invalid upload in `.rejected/` for a look, the newest of them within the bound."""
@@ -473,7 +493,10 @@ class Storage:
 
     def _is_dead(self, path: str, fd: int) -> bool:
         """Whether nobody holds the lock of an upload, or, where locks do not tell, nothing has come for long."""
-        old = time.time() - os.fstat(fd).st_mtime > _FOREIGN_AGE
+        status = os.fstat(fd)
+        # On its way to a name: that takes an instant, after which nothing but this file may have what is to be visible.
+        stuck = _BOUND_FOR in os.path.basename(path) and time.time() - status.st_ctime > _BOUND_AGE
+        old = stuck or time.time() - status.st_mtime > _FOREIGN_AGE
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -563,6 +586,13 @@ class Storage:
             raise NoSuchRun(f"There is no run {run}") from error
         return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
+    def _receipts_size(self, run: int) -> int:
+        """Return how many bytes of receipts a run has."""
+        try:
+            return self._receipts_path(run).stat().st_size
+        except OSError:
+            return 0
+
     def _receipts_path(self, run: int) -> Path:
         return self.folder / RECEIPTS / f"{run}.jsonl"
 
@@ -626,14 +656,15 @@ def _is_at(path: Path, status: os.stat_result) -> bool:
     return False
 
 
-def _has_duplicate(receipts: int, receipt: Mapping[str, Any]) -> bool:
-    """Whether there is a receipt for a duplicate of the same file that came after this one."""
+def _has_duplicate(receipts: int, start: int, receipt: Mapping[str, Any]) -> bool:
+    """Whether there is a receipt for a duplicate of the same file from byte `start` on."""
     with open(receipts, "rb", closefd=False) as lines:
+        lines.seek(start)
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 other = json.loads(line)
                 same = all(other[key] == receipt[key] for key in ("filename", "sha256"))
-                if same and other["outcome"] == "duplicate" and other["received_at"] >= receipt["received_at"]:
+                if same and other["outcome"] == "duplicate":
                     return True
     return False
 

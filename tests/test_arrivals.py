@@ -900,7 +900,7 @@ def test_metrics_are_right(busy: Client, folder: Path) -> None:
     bytes_ = [values["dqm_receiver_accepted_bytes_total", agent] for agent in ("A_B", "HLT", "TPC")]
     assert bytes_ == [len(ONE) + len(OTHER), len(ONE), 0]
     reasons = {key[1]: value for key, value in values.items() if key[0] == "dqm_receiver_rejections_total"}
-    assert reasons == {"not valid": 1, "no file": 1}
+    assert reasons == {**dict.fromkeys(receiver.REASON_CLASSES, 0), "not valid": 1, "no file": 1}
     last = {key[1]: value for key, value in values.items() if "last_accepted" in key[0]}
     times = [datetime.fromisoformat(one["received_at"].replace("Z", "+00:00")).timestamp() for one in receipts(folder)]
     assert last == pytest.approx({"A_B": times[2], "HLT": times[4]}, abs=0.001)

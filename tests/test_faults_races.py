@@ -371,6 +371,18 @@ def test_an_upload_that_fails_at_its_receipt_leaves_an_acknowledged_duplicate_in
     assert visible(folder) == {NAME: HISTOGRAMS}
 
 
+def test_an_acknowledged_duplicate_that_began_before_the_upload_that_fails_stays_in_the_folder(
+    make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send_again(client: Client) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "now", lambda: "2000-01-01T00:00:00.000000Z")
+            assert client.post(FILES, headers=HEADERS, data=HISTOGRAMS).status_code == 200
+
+    while_another_fails_at_its_receipt(make_app(), monkeypatch, HISTOGRAMS, send_again)
+    assert visible(folder) == {NAME: HISTOGRAMS}
+
+
 def test_an_upload_that_fails_at_its_receipt_brings_back_nothing_that_was_taken_away(
     make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import lzma
 import os
@@ -1294,7 +1295,6 @@ def test_uproot_that_finds_other_objects(
         AssertionError("a"),
         RecursionError("r"),
         KeyError("k"),
-        MemoryError(),
         StopIteration(),
     ],
     ids=repr,
@@ -1307,6 +1307,35 @@ def test_uproot_that_raises(error: Exception, monkeypatch: pytest.MonkeyPatch, c
     with pytest.raises(InvalidRootFile, match="uproot cannot read the file") as refusal:
         check(small_file().close())
     assert refusal.value.__cause__ is error
+
+
+def test_what_is_no_fault_of_the_file_is_no_verdict_on_it(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uproot, "open", no_memory)
+        with pytest.raises(MemoryError):
+            check(small_file().close())
+
+    def broken_disk(*_: Any) -> bytes:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rootcheck._UprootSource, "chunk", chunk_of(broken_disk))
+        with pytest.raises(OSError, match="the disk is broken"):
+            check(small_file().close())
+
+
+def chunk_of(pread: Callable[..., bytes]) -> Callable[..., object]:
+    """Return uproot's way to read, with a `pread` of its own for the file."""
+    original = rootcheck._UprootSource.chunk
+
+    def chunk(source: rootcheck._UprootSource, start: int, stop: int) -> object:
+        source._file.pread = pread  # type: ignore[method-assign]
+        return original(source, start, stop)
+
+    return chunk
 
 
 def test_uproot_is_not_asked_about_files_refused_before(monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> None:
