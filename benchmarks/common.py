@@ -7,7 +7,7 @@ import contextlib
 import getpass
 import http.client
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,11 +34,14 @@ def options(description: str | None, rounds: int = 5, seconds: float = 5.0) -> O
     """Read the command line, the same for every benchmark, and make the folder."""
     parser = argparse.ArgumentParser(description=description)
     folder = Path(tempfile.gettempdir(), "dqm-receiver-benchmarks")
-    parser.add_argument("--folder", type=Path, default=folder, help="where files and data lie (%(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=folder, help="for files and data, to be removed later (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=rounds, help="runs of each; the median counts (%(default)s)")
     parser.add_argument("--seconds", type=float, default=seconds, help="of one run (%(default)s)")
     chosen = parser.parse_args(namespace=Options())
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and so end the servers, too
     return chosen
 
 
@@ -57,7 +60,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# --- processes ---------------------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------------------------
 
 
 def children(pid: int) -> list[int]:
@@ -71,12 +74,13 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 class Server:
-    """A server on a free port of 127.0.0.1, with an empty data folder."""
+    """A server on a free port of 127.0.0.1."""
 
-    def __init__(self, folder: Path, command: Sequence[str], port: int, environ: Mapping[str, str]) -> None:
+    def __init__(self, data: Path, command: Sequence[str], port: int, environ: Mapping[str, str]) -> None:
+        self.data = data
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "server.log"
+        self.log = data.parent / "server.log"
         started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -115,8 +119,11 @@ class Server:
 
 @contextlib.contextmanager
 def server(folder: Path, kind: str, workers: int | None = None) -> Iterator[Server]:
-    """Run a server: `receiver`, with its gunicorn.conf.py, `flask` or `nginx`; its data is in `folder/data`, new and empty."""
-    data = empty(folder)
+    """Run a server with a new data folder.
+
+    `receiver` has its gunicorn.conf.py, `sync` and `gthread` are Flask with these workers of gunicorn; or `nginx`.
+    """
+    data = new_data(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -126,21 +133,20 @@ def server(folder: Path, kind: str, workers: int | None = None) -> Iterator[Serv
     environ = {"DATA_FOLDER": str(data), "TOKEN": TOKEN, "MIN_FREE_SPACE": "0"}
     if kind == "receiver":
         command = gunicorn
-    elif kind == "flask":
-        # gunicorn's workers of one thread each, as it has them without a word: ROOT is not made for two at once.
-        command = [*gunicorn, "--config", "/dev/null", "--chdir", str(HERE), "rival_flask:app"]
+    elif kind in ("sync", "gthread"):
+        command = [*gunicorn, "--config", "/dev/null", "--chdir", str(HERE), "--worker-class", kind, "--threads"]
+        command += ["4" if kind == "gthread" else "1", "rival_flask:app"]
     else:
         configuration = folder / "nginx.conf"
         configuration.write_text(
             NGINX.format(folder=folder, data=data, port=port, workers=workers or 2, user=getpass.getuser())
         )
         command = ["nginx", "-e", str(folder / "server.log"), "-c", str(configuration)]
-    running = Server(folder, command, port, {f"DQM_RECEIVER_{name}": value for name, value in environ.items()})
+    running = Server(data, command, port, {f"DQM_RECEIVER_{name}": value for name, value in environ.items()})
     try:
         yield running
     finally:
         running.stop()
-        empty(folder)
 
 
 NGINX = """
@@ -154,16 +160,20 @@ http {{
 """
 
 
-def empty(folder: Path) -> Path:
-    """Return the data folder, new; what was written before is on the disk and disturbs no measurement."""
-    data = folder / "data"
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir()
+def new_data(folder: Path) -> Path:
+    """Make a new data folder; what was written before is on the disk and disturbs no measurement.
+
+    No file is removed, only emptied: ext4 takes a millisecond to make a file for minutes after many have been removed.
+    """
+    data = Path(tempfile.mkdtemp(prefix="data-", dir=folder))
+    for path in folder.glob("data-*/**/*"):
+        if path.is_file() and path.stat().st_size:
+            os.truncate(path, 0)
     os.sync()
     return data
 
 
-# --- load --------------------------------------------------------------------------------------------------------------
+# --- load ------------------------------------------------------------------------------------------------------------
 
 
 class Load(NamedTuple):

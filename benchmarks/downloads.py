@@ -34,7 +34,7 @@ def downloads(options: common.Options) -> list[list[str]]:
             with common.server(options.folder, kind, 2) as server:
                 for second, size in enumerate(SIZES.values()):
                     name = NAME.format(run=1, minute=0, second=second)
-                    (options.folder / "data" / name).write_bytes(os.urandom(size))
+                    (server.data / name).write_bytes(os.urandom(size))
                 os.sync()
                 for what, span in PARTS.items():
                     name = NAME.format(run=1, minute=0, second=0 if what == "1 MB" else 1)
@@ -59,7 +59,7 @@ def copied(folder: Path) -> str:
         return "strace is not installed: nobody has looked at the system calls."
     with common.server(folder, "receiver", 1) as server:
         name = NAME.format(run=1, minute=0, second=1)
-        (folder / "data" / name).write_bytes(os.urandom(SIZES["100 MB"]))
+        (server.data / name).write_bytes(os.urandom(SIZES["100 MB"]))
         log = folder / "strace.log"
         calls = "trace=sendfile,sendto,sendmsg,write,read,pread64"
         tracer = subprocess.Popen(["strace", "-f", "-qq", "-e", calls, "-o", str(log), "-p", str(server.workers()[0])])
@@ -89,7 +89,7 @@ def milliseconds(server: common.Server, path: str, headers: dict[str, str], stat
 def answers(options: common.Options) -> list[list[str]]:
     rows = []
     with common.server(options.folder, "receiver", 1) as server:
-        data, made = options.folder / "data", 0
+        data, made = server.data, 0
         for number in NUMBERS:
             for index in range(made, number):
                 (data / NAME.format(run=index // 1000, minute=index // 60 % 60, second=index % 60)).touch()

@@ -3,9 +3,9 @@
 Command: python benchmarks/memory.py [--rounds 5] [--folder FOLDER]
 Needs: wrk, curl, PyPI's `root`.
 
-Resident memory (VmRSS, of which the shared libraries and what it shares with the other processes are a part) of the one worker
-after its start, after 1,000 uploads of 100 TH1F over 4 connections and after a 1 GB file was uploaded and downloaded; then how
-long it takes to import the application, what of that is uproot, and how long until the first answer.
+Resident memory (VmRSS, with the shared libraries and what it shares with the other processes) of the one worker after its
+start, after 1,000 uploads of 100 TH1F over 4 connections and after a 1 GB file was uploaded and downloaded; then how long it
+takes to import the application, what of that is uproot, and how long until the first answer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def import_seconds() -> tuple[float, float]:
 
 
 def start(folder: Path) -> tuple[float, float]:
-    """Return the seconds from the start of gunicorn to its first answer, and from the death of a worker to the next one's."""
+    """Return the seconds from gunicorn's start to its first answer, and from the death of a worker to the next one's."""
     with common.server(folder, "receiver", 1) as server:
         [pid] = server.workers()
         began = time.monotonic()

@@ -3,8 +3,8 @@
 Command: python benchmarks/scaling.py [--rounds 3] [--seconds 4] [--folder FOLDER]
 Needs: wrk, PyPI's `root`.
 
-A file of 100 TH1F is uploaded as by uploads.py. In brackets: 99 of 100 uploads are answered within that time. The load generator
-runs on the same processors.
+A file of 100 TH1F is uploaded as by uploads.py. In brackets: 99 of 100 uploads are answered within that time. The load
+generator runs on the same processors.
 """
 
 from __future__ import annotations

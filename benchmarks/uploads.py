@@ -3,13 +3,14 @@
 Command: python benchmarks/uploads.py [--rounds 5] [--seconds 5] [--folder FOLDER]
 Needs: wrk, nginx, PyPI's `root` and flask.
 
-wrk uploads a file as a form over four kept connections, with a new time stamp each, so that each is stored; two workers. The
-rivals, run in turn with the receiver, round after round:
+wrk uploads a file as a form over four kept connections, with a new time stamp each, so that each is stored; two
+workers. The rivals, run in turn with the receiver, round after round:
 
-    Flask and ROOT  rival_flask.py under the same gunicorn: saves the file, opens it with CERN ROOT, reads every key, no fsync
+    Flask and ROOT  rival_flask.py under the same gunicorn: saves the file, opens it with CERN ROOT, reads every key, no
+                    fsync; with sync workers and with four threads (gthread) each, of which the faster one counts
     nginx           PUT of the same bytes; neither validates nor syncs
-    disk            four threads that do what a 200 needs of the disk and nothing else: write and fsync a file, link it, fsync
-                    the folder, append a line to the receipts, fsync them
+    disk            four threads that do what a 200 needs of the disk and nothing else: write and fsync a file, link it,
+                    fsync the folder, append a line to the receipts, fsync them
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ WORKERS = 2
 
 def disk(folder: Path, path: Path, seconds: float) -> common.Load:
     """Return what the disk lets through."""
-    data, content = common.empty(folder), path.read_bytes()
+    data, content = common.new_data(folder), path.read_bytes()
     end = time.monotonic() + seconds
     taken: list[float] = []
 
@@ -63,11 +64,9 @@ def disk(folder: Path, path: Path, seconds: float) -> common.Load:
     for thread in threads:
         thread.join()
     cpu = time.process_time() - cpu
-    common.empty(folder)
     taken.sort()
-    return common.Load(
-        len(taken) / seconds, median(taken), taken[int(0.99 * len(taken))], errors=0, cpu=cpu / len(taken)
-    )
+    slowest = taken[int(0.99 * len(taken))]
+    return common.Load(len(taken) / seconds, median(taken), slowest, errors=0, cpu=cpu / len(taken))
 
 
 def run(folder: Path, kind: str, path: Path, seconds: float) -> common.Load:
@@ -82,8 +81,8 @@ def run(folder: Path, kind: str, path: Path, seconds: float) -> common.Load:
 
 def main() -> None:
     options = common.options(__doc__)
-    kinds = ("receiver", "flask", "nginx", "disk")
-    rates, processors = [], []
+    kinds = ("receiver", "sync", "gthread", "nginx", "disk")
+    rates, costs = [], []
     for name, content in CONTENTS.items():
         path = common.file(options.folder, name)
         runs: dict[str, list[common.Load]] = {kind: [] for kind in kinds}
@@ -94,16 +93,18 @@ def main() -> None:
             {kind: median(getattr(one, field) for one in runs[kind]) for kind in kinds}
             for field in ("per_second", "cpu", "slowest")
         )
-        ours = rate["receiver"]
+        flask = "sync" if rate["sync"] > rate["gthread"] else "gthread"
         content += f", {path.stat().st_size / 1e6:.2g} MB"
-        ratios = [f"{ours / rate[kind]:.2f} ({rate[kind]:.0f}/s)" for kind in kinds[1:]]
+        ours, beside = rate["receiver"], (flask, "nginx", "disk")
+        ratios = [
+            f"{ours / rate[kind]:.2f} ({rate[kind]:.0f}/s{flask == kind and f', {kind}' or ''})" for kind in beside
+        ]
         rates.append([content, f"{ours:.0f}/s", *ratios])
-        latencies = [f"{slowest[kind] * 1e3:.0f} ms" for kind in ("receiver", "flask")]
-        processors.append([content, *(f"{cpu[kind] * 1e3:.2f} ms" for kind in kinds), *latencies])
+        costs.append([content, *(f"{cpu[kind] * 1e3:.1f} ms" for kind in ("receiver", *beside))])
+        costs[-1] += [f"{slowest[kind] * 1e3:.0f} ms" for kind in ("receiver", flask)]
     print(common.table(["file", "receiver", "of Flask and ROOT's", "of nginx's", "of the disk's"], rates), "\n")
-    kinds_head = ["receiver", "Flask and ROOT", "nginx", "disk"]
-    head = ["processor time of an upload", *kinds_head, "99 of 100 within: receiver", "Flask and ROOT"]
-    print(common.table(head, processors))
+    head = ["receiver", "Flask and ROOT", "nginx", "disk", "99 of 100 within: receiver", "Flask and ROOT"]
+    print(common.table(["processor time of an upload", *head], costs))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 Command: python benchmarks/validation.py [--rounds 15] [--folder FOLDER]
 Needs: PyPI's `root`.
 
-For each file: check_root_file against ROOT, the share of uproot in it, its time for each key; for the tree, ROOT reads every
-basket, too (TTree::LoadBaskets). Then: the same with zlib's own inflate in the place of libdeflate, and two threads that validate
-at once, against one after the other.
+For each file: check_root_file against ROOT, the share of uproot in it, its time for each key; for the tree, ROOT reads
+every basket, too (TTree::LoadBaskets). Then: the same with zlib's own inflate in the place of libdeflate, and two threads
+that validate at once, against one after the other.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def seconds(do: Callable[[], object]) -> float:
 
 
 def medians(rounds: int, dos: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the median seconds of each of some functions that are run in turn, round after round; the first does not count."""
+    """Return the median seconds of functions that are run in turn, round after round; the first one does not count."""
     runs = [[seconds(do) for do in dos] for _ in range(rounds + 1)][1:]
     return [median(times) for times in zip(*runs, strict=True)]
 
