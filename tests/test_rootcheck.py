@@ -1121,6 +1121,22 @@ def test_limit_of_directories(monkeypatch: pytest.MonkeyPatch, check: Check, ref
     refuse(content(10), "more than 10 directories")
 
 
+def test_limit_of_the_names_of_keys(monkeypatch: pytest.MonkeyPatch, check: Check, refuse: Refuse) -> None:
+    content = small_file().close()  # h, d
+    monkeypatch.setattr(rootcheck, "MAX_NAMES", 2)
+    check(content)
+    monkeypatch.setattr(rootcheck, "MAX_NAMES", 1)
+    refuse(content, "keys with names of more than 1 characters in all")
+
+
+def test_limit_of_the_names_of_objects(monkeypatch: pytest.MonkeyPatch, check: Check, refuse: Refuse) -> None:
+    content = one_object(tnamed(b"of its own"))
+    monkeypatch.setattr(rootcheck, "MAX_NAMES", 10)
+    assert [found.name for found in check(content).values()] == ["of its own"]
+    monkeypatch.setattr(rootcheck, "MAX_NAMES", 9)
+    refuse(content, "objects with names of more than 9 characters in all")
+
+
 def test_limit_of_depth(monkeypatch: pytest.MonkeyPatch, check: Check, refuse: Refuse) -> None:
     monkeypatch.setattr(rootcheck, "MAX_DEPTH", 3)
     check(nested(3))
@@ -1266,18 +1282,17 @@ class Root:
     def __init__(self, found: dict[str, str]) -> None:
         self.found = found
 
-    def classnames(self, recursive: bool) -> dict[str, str]:
-        return self.found
+    def classnames(self, recursive: bool, cycle: bool) -> dict[str, str]:
+        return self.found if cycle else {name.partition(";")[0]: found for name, found in self.found.items()}
 
 
 @pytest.mark.parametrize(
     ("found", "name"),
     [
-        ({"d;1": "TDirectory"}, "h;1"),
-        ({"h;1": "TNamed", "d;1": "TDirectory", "more;1": "TNamed"}, "more;1"),
-        ({"h;1": "TH1F", "d;1": "TDirectory"}, "h;1"),
-        ({"h;2": "TNamed", "d;1": "TDirectory"}, "h;"),
-        ({"a\udcff;1": "TNamed", "h;1": "TNamed", "d;1": "TDirectory"}, "a\\\\xff;1"),
+        ({"d;1": "TDirectory"}, "h'"),
+        ({"h;1": "TNamed", "d;1": "TDirectory", "more;1": "TNamed"}, "more'"),
+        ({"h;1": "TH1F", "d;1": "TDirectory"}, "h'"),
+        ({"a\udcff;1": "TNamed", "h;1": "TNamed", "d;1": "TDirectory"}, "a\\\\xff'"),
     ],
 )
 def test_uproot_that_finds_other_objects(
@@ -1285,6 +1300,15 @@ def test_uproot_that_finds_other_objects(
 ) -> None:
     monkeypatch.setattr(uproot, "open", lambda *_, **__: Root(found))
     refuse(small_file().close(), f"uproot finds other objects: '{name}")
+
+
+def test_uproot_that_finds_another_cycle(monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> None:
+    """Where a name has several; the name and the class of the others say which they are."""
+    file = File()
+    file.add(b"TNamed", b"h", tnamed(b"h"), cycle=2)
+    file.add(b"TNamed", b"h", tnamed(b"h"), cycle=1)
+    monkeypatch.setattr(uproot, "open", lambda *_, **__: Root({"h;3": "TNamed", "h;1": "TNamed"}))
+    refuse(file.close(), "uproot finds other objects: 'h;")
 
 
 @pytest.mark.parametrize(
@@ -1322,6 +1346,7 @@ def test_what_is_no_fault_of_the_file_is_no_verdict_on_it(monkeypatch: pytest.Mo
         raise OSError(errno.EIO, "the disk is broken")
 
     with monkeypatch.context() as patch:
+        patch.setattr(rootcheck, "_WINDOW", 0)  # as if the file were too large to be in memory
         patch.setattr(rootcheck._UprootSource, "chunk", chunk_of(broken_disk))
         with pytest.raises(OSError, match="the disk is broken"):
             check(small_file().close())
@@ -1336,6 +1361,15 @@ def chunk_of(pread: Callable[..., bytes]) -> Callable[..., object]:
         return original(source, start, stop)
 
     return chunk
+
+
+@pytest.mark.parametrize("window", [0, 300, 1 << 20])
+def test_uproot_reads_files_beyond_the_window_like_others(
+    window: int, monkeypatch: pytest.MonkeyPatch, check: Check
+) -> None:
+    monkeypatch.setattr(rootcheck, "_WINDOW", window)
+    expected = {"h": RootObject("h", "TNamed"), "d": RootObject("d", "TDirectory")}
+    assert check(small_file().close()) == expected
 
 
 def test_uproot_is_not_asked_about_files_refused_before(monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> None:
