@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import struct
@@ -16,6 +17,8 @@ from gunicorn.workers.gthread import ThreadWorker
 
 import receiver
 
+AT_ONCE = 0.02  # seconds within which a sender's next request comes, where it has one
+IN_A_ROW = 100  # requests of a connection, after which others have their turn
 STALLED = 120  # seconds without a byte, in either direction, after which a connection is given up
 
 wsgi_app = "receiver:create_app()"
@@ -37,13 +40,25 @@ preload_app = True
 control_socket_disable = True
 
 
+def is_readable(sock: socket.socket, seconds: float) -> bool:
+    """Whether something comes within so many seconds."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
 class worker_class(ThreadWorker):
     """gunicorn's threads, but its own refusals (of requests that are no HTTP) are JSON, too, and nobody waits for a client
     that does not close its connection."""
 
     def handle(self, conn: Any) -> Any:
-        """Serve a request and, where it was the last, wait here for the client to close, not in the thread that accepts."""
-        keep = super().handle(conn)
+        """Serve a request and those that follow at once; where it was the last, wait for the client to close.
+
+        All of it here and not in the thread that accepts: the way there and back takes as long as half of a small upload.
+        """
+        keep, served = super().handle(conn), 1
+        while keep is True and self.alive and served < IN_A_ROW and is_readable(conn.sock, AT_ONCE):
+            keep, served = super().handle(conn), served + 1
         if keep is False:
             conn.close(graceful=True)
             conn.close = lambda graceful=False: None

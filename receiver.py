@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -51,6 +52,7 @@ logger = logging.getLogger("dqm_receiver")
 _PREFIX = "DQM_RECEIVER_"
 _CHUNK = 1 << 18  # bytes read at once
 _FORM_CHUNK = 1 << 19  # the same of a form: gunicorn copies what it has received beyond that
+_FORM_END = 256  # bytes in which the end of a form's last part fits: RFC 2046 allows a boundary 70
 _FORM_OVERHEAD = 1 << 20  # bytes a form may have beside its file
 _MAX_FORM_PARTS = 16
 REASON_CLASSES = ("not valid", "sha256", "no file", "too large", "form", "broken")
@@ -183,6 +185,11 @@ class Body:
         self._stream = get_input_stream(environ)
         self._length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")) or 0
         self._read = 0
+
+    def read_form(self, size: int) -> bytes:
+        """Like `read`, but the end comes apart: Werkzeug looks slowly through the piece with the last boundary in it."""
+        left = self._length - self._read
+        return self.read(min(size, left - _FORM_END) if left > _FORM_END else size)
 
     def read(self, size: int = -1) -> bytes:
         try:
@@ -412,7 +419,7 @@ class Receiver:
             buffer_size=_FORM_CHUNK,
         )
         try:
-            body = cast(IO[bytes], request.body)
+            body = cast(IO[bytes], SimpleNamespace(read=request.body.read_form))
             fields, files = parser.parse(body, boundary.encode("ascii"), request.content_length)
         except ValueError as error:
             raise Refusal(f"The form is malformed: {error}", reason_class="form") from error
@@ -608,7 +615,10 @@ def refuse(request: AgentRequest, error: Exception) -> Response:
 def log_upload(receipt: Mapping[str, Any]) -> None:
     """Write one line about an upload to the log, as key=value."""
     keys = ("outcome", "sender", "run", "agent", "filename", "size", "seconds", "reason")
-    logger.info("upload %s", " ".join(f"{key}={json.dumps(receipt[key])}" for key in keys if receipt[key] is not None))
+    facts = ((key, receipt[key]) for key in keys if receipt[key] is not None)
+    logger.info(
+        "upload %s", " ".join(f"{key}={json.dumps(fact) if isinstance(fact, str) else fact}" for key, fact in facts)
+    )
 
 
 def send_file(request: AgentRequest, file: BinaryIO) -> Response:

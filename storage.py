@@ -258,7 +258,7 @@ class AgentRecord:
 class RunRecord:
     """The receipts of one run, added up. They are only ever appended to, so that only new ones are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self.lock = threading.Lock()  # to be held while the record is looked at
         self._clear()
@@ -273,7 +273,7 @@ class RunRecord:
 
     def update(self) -> None:
         """Read the receipts that have come since the last time; raises OSError."""
-        with self.lock, self.path.open("rb") as file:
+        with self.lock, open(self.path, "rb") as file:
             file.seek(self._read - len(self._last))
             if file.read(len(self._last)) != self._last:  # not the file it was: archived, restored, edited
                 self._clear()
@@ -312,6 +312,7 @@ class Storage:
         self._swept = 0.0
         self._runs: dict[int, RunRecord] = {}
         self._host = _host_id()
+        self._incoming = self.folder / INCOMING
         made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in made:
@@ -346,7 +347,7 @@ class Storage:
 
     def _create_incoming(self) -> tuple[Path, int]:
         while True:
-            path = self.folder / INCOMING / f"{self._host}-{uuid.uuid4().hex}"
+            path = self._incoming / f"{self._host}-{uuid.uuid4().hex}"
             fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             with contextlib.suppress(OSError):  # a file system without locks: see _is_dead
                 fcntl.flock(fd, fcntl.LOCK_EX)
@@ -354,7 +355,7 @@ class Storage:
                 return path, fd
             os.close(fd)  # swept between its creation and the lock
 
-    def _open(self, path: Path, flags: int) -> int:
+    def _open(self, path: str | Path, flags: int) -> int:
         """Open a file in a subfolder, which is made if somebody has removed it."""
         try:
             return os.open(path, flags | os.O_CLOEXEC, 0o666)
@@ -394,7 +395,6 @@ class Storage:
 
     def _give_name(self, upload: Upload, target: Path, set_aside: list[Path]) -> os.stat_result | None:
         """Link the upload to its name, having set aside what had it, or return the status of what has the same bytes."""
-        bound = upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{target.name}")
         while True:
             try:
                 os.link(upload.path, target)
@@ -410,9 +410,9 @@ class Storage:
             # Between the next renaming and the link nothing has the name. Should this process die there, `sweep` finds the
             # name behind that of the upload and finishes the work.
             self._make_subfolders()
-            if upload.path != bound:
-                upload.move(bound)
-                _sync_folder(bound.parent)
+            if _BOUND_FOR not in upload.path.name:
+                upload.move(upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{target.name}"))
+                _sync_folder(self._incoming)
             aside = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, aside)
@@ -472,7 +472,7 @@ class Storage:
     def sweep(self) -> None:
         """Clear `.incoming/` of what dead processes left."""
         self._swept = time.monotonic()
-        with contextlib.suppress(OSError), os.scandir(self.folder / INCOMING) as entries:
+        with contextlib.suppress(OSError), os.scandir(self._incoming) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     self._sweep(entry.path)
@@ -578,9 +578,8 @@ class Storage:
     def receipts_tag(self, run: int) -> str:
         """Return what changes whenever the receipts of a run do; raises NoSuchRun."""
         try:
-            with self._receipts_path(run).open(
-                "rb"
-            ) as file:  # NFS asks its server when a file is opened, not for a stat
+            # Opened, not asked for its status only: NFS asks its server when a file is opened.
+            with open(self._receipts_path(run), "rb") as file:
                 status = os.fstat(file.fileno())
         except OSError as error:
             raise NoSuchRun(f"There is no run {run}") from error
@@ -589,12 +588,12 @@ class Storage:
     def _receipts_size(self, run: int) -> int:
         """Return how many bytes of receipts a run has."""
         try:
-            return self._receipts_path(run).stat().st_size
+            return os.stat(self._receipts_path(run)).st_size
         except OSError:
             return 0
 
-    def _receipts_path(self, run: int) -> Path:
-        return self.folder / RECEIPTS / f"{run}.jsonl"
+    def _receipts_path(self, run: int) -> str:
+        return f"{self.folder}/{RECEIPTS}/{run}.jsonl"
 
     def uploads_in_progress(self) -> int:
         """Return how many uploads are under way, through whatever process and host."""

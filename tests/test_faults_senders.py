@@ -94,7 +94,7 @@ def read_answer(peer: socket.socket) -> tuple[int, Any]:
     return response.status, json.loads(response.read())
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)

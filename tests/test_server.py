@@ -15,9 +15,11 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,30 @@ def test_a_connection_serves_one_request_after_the_other_whatever_was_refused(sh
             elif status in (400, 404, 405, 412):
                 assert json.loads(answer)["status"] == status
             assert connection.sock is first
+
+
+def test_a_connection_that_never_rests_leaves_others_their_turn(make_server: Callable[..., Server]) -> None:
+    port = make_server("--workers", "1", "--threads", "1").port
+    restless = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    other = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    stop = threading.Event()
+
+    def ask_again_and_again() -> int:
+        answered = 0
+        while not stop.is_set():
+            restless.request("GET", "/", headers=AUTH)
+            answered += restless.getresponse().read() != b""
+        return answered
+
+    with contextlib.closing(restless), contextlib.closing(other), ThreadPoolExecutor() as pool:
+        asking = pool.submit(ask_again_and_again)
+        try:
+            for _ in range(3):
+                other.request("GET", FILES, headers=AUTH)
+                assert other.getresponse().read() == b'{"files": []}\n'
+        finally:
+            stop.set()
+        assert asking.result() > 0
 
 
 # --- the start ---------------------------------------------------------------------------------------------------------
