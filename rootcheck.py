@@ -13,7 +13,6 @@ and RZip.cxx of ROOT.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import lzma
 import os
 import struct
@@ -74,11 +73,14 @@ def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
 
     Raises InvalidRootFile, whatever the content; OSError where the file cannot be read at all.
     """
-    with contextlib.closing(_File(path)) as file:
+    file = _File(path)
+    try:
         header = _read_header(file)
         tree = _read_directories(file, header)
         names = _walk_records(file, header, tree)
         _compare_with_uproot(file, tree.top)
+    finally:
+        file.close()
     newest: dict[str, int] = {}
     objects: dict[str, RootObject] = {}
     for position, (name, cycle, class_name) in tree.top.items():
@@ -488,7 +490,7 @@ def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
             inflated_left -= object_size
             if object_size > MAX_OBJECT_SIZE or inflated_left < 0:
                 raise InvalidRootFile(f"an object of {object_size} bytes is more than is allowed")
-            payload = _inflate_usual(data, at + key_size, size - key_size, object_size)
+            payload = _check_usual(data, at + key_size, size - key_size, object_size)
             if payload is None:
                 data = b""
                 payload = _check_payload(file, position + key_size, size - key_size, object_size)
@@ -643,11 +645,16 @@ _BLOCK = struct.Struct("<3sHBHB")
 _CHECKSUM = struct.Struct(">I")  # Adler-32, with which a zlib stream ends
 
 
-def _inflate_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
-    """Inflate the usual payload, one zlib block that has been read; return None for every other, also a damaged one."""
+def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
+    """Inflate the usual payload, one zlib block, or one that is not compressed, where it has been read.
+
+    Return its beginning; None for every other, also a damaged one.
+    """
     end = at + stored
-    if stored == size or stored < _BLOCK.size or end > len(data):
+    if end > len(data) or stored < _BLOCK.size:
         return None
+    if stored == size:
+        return data[at : min(end, at + _NAME_BYTES)]
     kind, block_stored, high, block_size, higher = _BLOCK.unpack_from(data, at)
     if kind != b"ZL\x08" or block_stored | high << 16 != stored - _BLOCK.size or block_size | higher << 16 != size:
         return None
@@ -894,7 +901,7 @@ class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
         try:
             if self._file.size <= _WINDOW:
                 data, _ = self._file.load(0, self._file.size)
-                return _UprootChunk(self, 0, stop, data)
+                return _UprootChunk(self, 0, len(data), data)
             return _UprootChunk(self, start, stop, self._file.pread(start, stop - start))
         except OSError as error:
             self._file.error = error
