@@ -260,6 +260,34 @@ def test_a_connection_that_never_rests_leaves_others_their_turn(make_server: Cal
         assert asking.result() > 0
 
 
+def test_connections_that_come_at_once_are_shared_among_the_workers(make_server: Callable[..., Server]) -> None:
+    server = make_server("--workers", "2")
+    workers = server.workers()
+    idle = [sockets(pid) for pid in workers]
+    fewer = 0
+    for _ in range(5):
+        connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(8)]
+        for connection in connections:
+            connection.connect()
+            connection.request("GET", "/", headers=AUTH)
+        for connection in connections:
+            connection.getresponse().read()
+        fewer += min(sockets(pid) - before for pid, before in zip(workers, idle, strict=True))
+        for connection in connections:
+            connection.close()
+        assert wait_until(lambda: [sockets(pid) for pid in workers] == idle)
+    assert fewer >= 8, f"of 40 connections the workers with fewer had {fewer}"
+
+
+def sockets(pid: int) -> int:
+    """Return how many sockets a process has open."""
+    count = 0
+    for name in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(name).startswith("socket:")
+    return count
+
+
 # --- the start ---------------------------------------------------------------------------------------------------------
 
 
