@@ -35,6 +35,7 @@ MAX_DEPTH = 100
 MAX_KEY_LISTS = 16 << 20  # bytes of all key lists, which stay in memory
 MAX_NAMES = 8 << 20  # characters of the keys' names and of the objects' own, which go into the answer
 MAX_RECORDS = 5_000_000
+MAX_BLOCKS = 20_000  # behind the first of an object; each but an object's last inflates to 16 MiB
 MAX_OBJECT_SIZE = 1 << 30  # bytes, inflated
 MAX_INFLATED = 2 << 30  # bytes, of the whole file; or MAX_INFLATION times its size, if that is more
 MAX_INFLATION = 32
@@ -109,6 +110,7 @@ class _File:
         self._fd = os.open(self.path, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
         self.slow_left = max(MAX_INFLATED_SLOWLY, MAX_INFLATION * self.size)
+        self.blocks_left = MAX_BLOCKS
         self.keys_left = MAX_KEYS
         self.lists_left = MAX_KEY_LISTS
         self._window = b""
@@ -392,7 +394,7 @@ def _list_keys(
     top = None if directory.depth else tree.top
     heads, unpack = tree.heads, _KEY.unpack_from
     data, shift = b"", 0
-    # This loop and that of _walk_records take most of the time: they spell out the usual, and call no function for it.
+    # This loop and that of _walk_records take most of the time: they spell out the usual.
     for _ in range(count):
         left, index = end - at, at + shift
         if index + left > len(data) and index + _LONGEST_KEY > len(data):
@@ -713,6 +715,9 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | b
         left -= block_size
         if left:
             file.check_time()
+            file.blocks_left -= 1
+            if file.blocks_left < 0:
+                raise InvalidRootFile(f"more than {MAX_BLOCKS} compressed blocks behind the first of an object")
     if left:
         raise InvalidRootFile(f"payload inflates to {size - left} bytes, its key says {size}")
     return first or b""

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -741,15 +742,19 @@ def test_a_spool_is_watched_by_one_process_until_it_is_ended(
 ) -> None:
     server = fake(acknowledgement)
     line = command(server.url, *SENT_AS, "--spool", spool, "--interval", 0.05)
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
-        assert client.stdout is not None
-        for number in range(3):
-            put(spool, f"{number}.root", file_of(number), 1000 + number)
-            assert json.loads(client.stdout.readline())["file"].endswith(f"{number}.root")
-        second = send(server.url, *SENT_AS, "--spool", spool, "--once")
-        assert (second.status, second.output) == (1, "")
-        client.send_signal(signal.SIGINT)
-        _, errors = client.communicate(timeout=10)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as client:  # noqa: PLW1509
+        try:
+            assert client.stdout is not None
+            for number in range(3):
+                put(spool, f"{number}.root", file_of(number), 1000 + number)
+                assert json.loads(client.stdout.readline())["file"].endswith(f"{number}.root")
+            second = send(server.url, *SENT_AS, "--spool", spool, "--once")
+            assert (second.status, second.output) == (1, "")
+            client.send_signal(signal.SIGINT)
+            _, errors = client.communicate(timeout=10)
+        finally:
+            client.kill()
     assert (client.returncode, errors) == (130, "")
 
 
