@@ -19,7 +19,6 @@ from gunicorn.workers.gthread import ThreadWorker
 import receiver
 
 AT_ONCE = 0.02  # seconds within which a sender's next request comes, where it has one
-IN_A_ROW = 100  # requests of a connection, after which others have their turn
 STALLED = 120  # seconds without a byte, in either direction, after which a connection is given up
 
 wsgi_app = "receiver:create_app()"
@@ -41,11 +40,11 @@ preload_app = True
 control_socket_disable = True
 
 
-def is_readable(sock: socket.socket, seconds: float) -> bool:
-    """Whether something comes within so many seconds."""
+def has_more(conn: Any) -> bool:
+    """Whether the next request has come, or comes at once."""
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    poll.register(conn.sock, select.POLLIN)
+    return bool(conn.parser.unreader.buf.getvalue() or poll.poll(AT_ONCE * 1000))
 
 
 class worker_class(ThreadWorker):
@@ -54,7 +53,8 @@ class worker_class(ThreadWorker):
 
     def accept(self, listener: Any) -> None:
         """Accept a connection, unless a worker that has fewer of them is quicker."""
-        time.sleep(0.0002 * min(self.nr_conns, 10))
+        if self.cfg.workers > 1:
+            time.sleep(0.0002 * min(self.nr_conns, 10))
         super().accept(listener)
 
     def handle(self, conn: Any) -> Any:
@@ -62,9 +62,10 @@ class worker_class(ThreadWorker):
 
         All of it here and not in the thread that accepts: the way there and back takes as long as half of a small upload.
         """
-        keep, served = super().handle(conn), 1
-        while keep is True and self.alive and served < IN_A_ROW and is_readable(conn.sock, AT_ONCE):
-            keep, served = super().handle(conn), served + 1
+        keep = super().handle(conn)
+        # With more connections than threads, each request waits for its turn.
+        while keep is True and self.alive and self.nr_conns <= self.cfg.threads and has_more(conn):
+            keep = super().handle(conn)
         if keep is False:
             conn.close(graceful=True)
             conn.close = lambda graceful=False: None

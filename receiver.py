@@ -189,7 +189,9 @@ class Body:
     def read_form(self, size: int) -> bytes:
         """Like `read`, but the end comes apart: Werkzeug looks slowly through the piece with the last boundary in it."""
         left = self._length - self._read
-        return self.read(min(size, left - _FORM_END) if left > _FORM_END else size)
+        piece = self.read(min(size, left - _FORM_END) if left > _FORM_END else size)
+        # Of a piece that ends within the two dashes behind a boundary, Werkzeug takes the line break before it for content.
+        return piece + self.read(1) if piece.endswith(b"-") else piece
 
     def read(self, size: int = -1) -> bytes:
         try:

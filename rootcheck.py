@@ -85,7 +85,7 @@ def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
     newest: dict[str, int] = {}
     objects: dict[str, RootObject] = {}
     for position, (name, cycle, class_name) in tree.top.items():
-        if newest.setdefault(name, cycle) <= cycle:
+        if name not in newest or newest[name] < cycle:
             newest[name] = cycle
             objects[name] = RootObject(names.get(position, name), class_name)
     if sum(map(len, objects)) > MAX_NAMES:
@@ -406,6 +406,7 @@ def _list_keys(
             name_at = class_at + data[class_at - 1] + 1
             title_at = name_at + data[name_at - 1] + 1
             usual = title_at + data[title_at - 1] - index == key_size <= size and key_size <= left and version <= 1000
+            usual = usual and name_at - class_at < 256 > title_at - name_at and data[title_at - 1] < 255
             class_name = data[class_at : name_at - 1].decode()
             name = data[name_at : title_at - 1].decode()
         except (IndexError, struct.error, UnicodeDecodeError):
@@ -451,7 +452,7 @@ _FREE_64 = struct.Struct(">hqq")  # where fVersion is above 1000
 def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
     """Check every record from the first byte to the last.
 
-    Return, by position, the names of the objects of the root directory that have another name than their keys.
+    Return, by position, the names of the objects of the root directory that may have another name than their keys.
     """
     holes = _read_free_list(file, header, tree)
     if header.streamer_info or header.streamer_info_size:
@@ -601,7 +602,9 @@ def _read_free_list(file: _File, header: _Header, tree: _Tree) -> dict[int, int]
     # The last segment is the room behind the file, which grows in steps of 1 GB (TFree::GetBestFree).
     if first != header.end or last % 1_000_000_000 or last < 2_000_000_000:
         raise InvalidRootFile(f"{what}: the last one, {first} to {last}, is not the room behind byte {header.end}")
-    if not _is_zero(file, at, end):
+    older = file.pread(at, _FREE.size) if end - at == _FREE.size else b""
+    # Where the list has become shorter, uproot may leave an older last segment behind it.
+    if not _is_zero(file, at, end) and older != _last_segment(int.from_bytes(older[2:6], "big")):
         raise InvalidRootFile(f"{what}: something else behind its {header.free_segments} segments")
     return holes
 
@@ -648,9 +651,9 @@ _CHECKSUM = struct.Struct(">I")  # Adler-32, with which a zlib stream ends
 
 
 def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
-    """Inflate the usual payload, one zlib block, or one that is not compressed, where it has been read.
+    """Return what the usual payload inflates to, one zlib block, or the beginning of one that is not compressed.
 
-    Return its beginning; None for every other, also a damaged one.
+    Return None for every other, also for a damaged one and where not all of it is in `data`.
     """
     end = at + stored
     if end > len(data) or stored < _BLOCK.size:
@@ -841,11 +844,16 @@ _NAMELESS = frozenset(
 def _has_name_of_key(payload: _Bytes, key: bytes) -> bool:
     """Whether an object begins with a TNamed of the name and title that are in its key, as nearly all do."""
     name_and_title = key[_KEY.size + 1 + key[_KEY.size] :]
-    at = payload.find(name_and_title, _VERSION_SIZE + _OBJECT_SIZE, 64 + len(name_and_title))
-    if at < 0 or (at - _OBJECT_SIZE) % _VERSION_SIZE:
+    at = 0
+    try:
+        while payload[at] & _BYTE_COUNT:
+            at += _VERSION_SIZE
+        count, _, object_version = _NAMED.unpack_from(payload, max(0, at - _VERSION_SIZE))
+    except (IndexError, struct.error):
         return False
-    count, _, object_version = _NAMED.unpack_from(payload, at - _VERSION_SIZE - _OBJECT_SIZE)
-    return bool(count == _NAMED_SIZE + len(name_and_title) and object_version == 1)
+    if count != _NAMED_SIZE + len(name_and_title) or object_version != 1:
+        return False
+    return payload.startswith(name_and_title, at + _OBJECT_SIZE)
 
 
 def _object_name(key_name: str, class_name: str, payload: _Bytes) -> str:
@@ -917,7 +925,7 @@ class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
 
 
 def _compare_with_uproot(file: _File, top: dict[int, tuple[str, int, str]]) -> None:
-    """Have uproot find the same objects at the top level, by name, cycle and class."""
+    """Have uproot find the same objects at the top level, by name and class, and by cycle where a name has several."""
     try:
         root = uproot.open({file.path: None}, handler=_UprootSource, file=file, object_cache=None, array_cache=None)
         expected = {name: class_name for name, _, class_name in top.values()}

@@ -127,6 +127,23 @@ SENDERS: dict[str, Callable[..., TestResponse]] = {
 }
 
 
+@pytest.mark.parametrize("sender", ["form", "form, chunked"])
+@pytest.mark.parametrize("epilogue", range(250, 256))
+def test_a_form_may_be_read_in_any_pieces(
+    sender: str, epilogue: int, make_app: MakeApp, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in its last line, or behind it, a piece ends."""
+    client = Client(make_app())
+    body = multipart(part(PROFILES), end=b"--\r\n" + bytes(epilogue))
+    for size in range(len(body) - epilogue - 16, len(body) - epilogue + 1):
+        monkeypatch.setattr(receiver, "_FORM_CHUNK", size)
+        if sender == "form":
+            response = client.post(FILES, data=body, content_type=FORM, headers=headers())
+        else:
+            response = send_chunked(client, body, FORM)
+        assert (response.status_code, visible(folder)) == (200, {NAME: PROFILES}), size
+
+
 @pytest.mark.parametrize("sender", SENDERS)
 def test_a_file_is_stored_and_answered_with_its_objects(client: Client, folder: Path, sender: str) -> None:
     response = SENDERS[sender](client, PROFILES)

@@ -942,6 +942,21 @@ def test_last_free_segment_that_ends_nowhere(last: int, refuse: Refuse) -> None:
     refuse(put(content, len(content) - 4, ">i", last), "list of free segments")
 
 
+@pytest.mark.parametrize(("older", "valid"), [(1900, True), (0x7FFFFFFF, False), (-1, False)])
+def test_an_older_last_segment_behind_the_free_segments(older: int, valid: bool, check: Check, refuse: Refuse) -> None:
+    """As uproot 5.3 may leave it in a list that has become shorter."""
+    file = small_file()
+    file.free = [(0, 0)]  # for the room
+    content = file.close(free_segments=1)
+    last = struct.pack(">hii", 1, len(content), 2_000_000_000)
+    left = struct.pack(">hii", 1 if valid else 2, older, 2_000_000_000)
+    content = content[: -len(last + left)] + last + left
+    if valid:
+        check(content)
+    else:
+        refuse(content, "list of free segments: something else behind its 1 segments")
+
+
 def test_something_behind_the_free_segments(refuse: Refuse) -> None:
     file = small_file()
     file.data += struct.pack(">i", -10) + bytes(6)
@@ -1209,6 +1224,7 @@ def test_limit_of_seconds(monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> No
         (b"TObjArray", versioned(tobject() + string(b"") + bytes(8)), "TObjArray"),
         (b"TObjArray", versioned(tobject() + string(b"own") + bytes(8)), "own"),
         (b"TList", versioned(tobject() + string(b"") + bytes(4)), "TList"),
+        (b"TList", versioned(tobject() + string(b"") + bytes(4) + bytes(14) + tnamed(b"h")), "TList"),
         (b"TMap", versioned(tobject() + string(b"own") + bytes(4)), "own"),
         (b"TObject", tobject(), "TObject"),
         (b"TVectorT<double>", versioned(tobject() + bytes(20)), "TVectorT<double>"),
@@ -1271,6 +1287,32 @@ def test_newest_cycle_of_a_name(cycles: tuple[int, ...], check: Check) -> None:
     for cycle in cycles:
         file.add(b"TNamed", b"h", tnamed(b"cycle %d" % cycle), cycle=cycle)
     assert check(file.close()) == {"h": RootObject("cycle 3", "TNamed")}
+
+
+def test_first_of_two_keys_with_one_name_and_cycle(check: Check) -> None:
+    """As ROOT does, which looks no further."""
+    file = File()
+    file.add(b"TNamed", b"h", tnamed(b"first"))
+    file.add(b"TNamed", b"h", tnamed(b"second"))
+    assert check(file.close()) == {"h": RootObject("first", "TNamed")}
+
+
+@pytest.mark.parametrize("where", ["class", "name", "title"])
+@pytest.mark.parametrize("length", [254, 255, 256, 300])
+def test_long_string_that_could_be_taken_for_a_short_one(where: str, length: int, check: Check) -> None:
+    """Where the first byte of its length, 255, is taken for the length, what follows may fit just as well."""
+    for byte in range(256):
+        text = b"a" * 251 + bytes([byte]) + b"b" * (length - 252)
+        strings = {"class": b"TNamed", "name": b"h", "title": b"", where: text}
+        file = File()
+        file.add(strings["class"], strings["name"], tnamed(strings["name"]), title=strings["title"])
+        (name, found), *more = check(file.close()).items()
+        class_name = strings["class"].decode(errors="backslashreplace")
+        assert (name.encode(), found.class_name, more) == (
+            strings["name"].decode(errors="backslashreplace").encode(),
+            class_name,
+            [],
+        )
 
 
 # --- the second reader -------------------------------------------------------------------------------------------------

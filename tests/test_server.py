@@ -238,54 +238,30 @@ def test_a_connection_serves_one_request_after_the_other_whatever_was_refused(sh
 
 def test_a_connection_that_never_rests_leaves_others_their_turn(make_server: Callable[..., Server]) -> None:
     port = make_server("--workers", "1", "--threads", "1").port
-    restless = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    requests, answers = 3000, 0
+    restless = socket.create_connection(("127.0.0.1", port), timeout=30)
     other = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    stop = threading.Event()
+    begun = threading.Event()
 
-    def ask_again_and_again() -> int:
-        answered = 0
-        while not stop.is_set():
-            restless.request("GET", "/", headers=AUTH)
-            answered += restless.getresponse().read() != b""
-        return answered
+    def read_answers() -> None:
+        nonlocal answers
+        with restless.makefile("rb") as stream:
+            while answers < requests:
+                answers += stream.readline().startswith(b"HTTP/1.1 400 ")
+                begun.set()
 
     with contextlib.closing(restless), contextlib.closing(other), ThreadPoolExecutor() as pool:
-        asking = pool.submit(ask_again_and_again)
-        try:
-            for _ in range(3):
-                other.request("GET", FILES, headers=AUTH)
-                assert other.getresponse().read() == b'{"files": []}\n'
-        finally:
-            stop.set()
-        assert asking.result() > 0
-
-
-def test_connections_that_come_at_once_are_shared_among_the_workers(make_server: Callable[..., Server]) -> None:
-    server = make_server("--workers", "2")
-    workers = server.workers()
-    idle = [sockets(pid) for pid in workers]
-    fewer = 0
-    for _ in range(5):
-        connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(8)]
-        for connection in connections:
-            connection.connect()
-            connection.request("GET", "/", headers=AUTH)
-        for connection in connections:
-            connection.getresponse().read()
-        fewer += min(sockets(pid) - before for pid, before in zip(workers, idle, strict=True))
-        for connection in connections:
-            connection.close()
-        assert wait_until(lambda: [sockets(pid) for pid in workers] == idle)
-    assert fewer >= 8, f"of 40 connections the workers with fewer had {fewer}"
-
-
-def sockets(pid: int) -> int:
-    """Return how many sockets a process has open."""
-    count = 0
-    for name in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            count += os.readlink(name).startswith("socket:")
-    return count
+        sending = pool.submit(
+            restless.sendall, f"GET / HTTP/1.1\r\nHost: x\r\ntoken: {TOKEN}\r\n\r\n".encode() * requests
+        )
+        reading = pool.submit(read_answers)
+        assert begun.wait(30)
+        for _ in range(3):
+            other.request("GET", FILES, headers=AUTH)
+            assert other.getresponse().read() == b'{"files": []}\n'
+        assert answers < requests
+        sending.result(60)
+        reading.result(60)
 
 
 # --- the start ---------------------------------------------------------------------------------------------------------
