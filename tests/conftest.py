@@ -135,6 +135,14 @@ def free_port() -> int:
         return port
 
 
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is so; fail if it is not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"what was waited for has not come within {seconds} s"
+        time.sleep(0.02)
+
+
 class Answer(NamedTuple):
     """What curl printed: the status is 0 where there was no answer."""
 

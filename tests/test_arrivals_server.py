@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from conftest import FILES, HEADERS, TOKEN, Server, post, receipts
+from conftest import FILES, HEADERS, TOKEN, Server, post, receipts, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from rootfiles import one_object, tnamed
 
@@ -37,13 +37,6 @@ def status(server: Server, token: str) -> int:
     return get(server, FILES, {"token": token})[0]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "what was waited for has not come"
-        time.sleep(0.02)
-
-
 def write_tokens(path: Path, *lines: str, mode: int = 0o600) -> None:
     new = path.with_name("new")
     new.write_text("\n".join(["[tokens]", *lines, ""]))
@@ -55,7 +48,7 @@ def hup(server: Server) -> None:
     """Have the token file read again and wait until only workers that have read it are there."""
     before = set(server.workers())
     os.kill(server.process.pid, signal.SIGHUP)
-    wait_until(lambda: len(now := set(server.workers())) == 2 and not now & before)
+    wait_until(lambda: len(now := set(server.workers())) == 2 and not now & before, 30)
 
 
 def sha256(token: str) -> str:
@@ -125,7 +118,7 @@ def test_a_broken_token_file_at_hup_leaves_the_old_tokens_in_force(
     assert [status(server, token) for token in ("secret-old", "secret-new") * 4] == old
     for worker in server.workers():
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda dead=worker: len(now := server.workers()) == 2 and dead not in now)  # type: ignore[misc]
+        wait_until(lambda dead=worker: len(now := server.workers()) == 2 and dead not in now, 30)  # type: ignore[misc]
     server.wait()
     assert [status(server, token) for token in ("secret-old", "secret-new") * 4] == old
     assert post(server.port, ONE, {**HEADERS, "token": "secret-old"}).status == 200
@@ -175,7 +168,7 @@ def test_metrics_runs_log_and_health_are_right_across_workers_and_their_ends(
     check()
     first = server.workers()[0]
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: len(now := server.workers()) == 2 and first not in now)
+    wait_until(lambda: len(now := server.workers()) == 2 and first not in now, 30)
     assert post(server.port, INVALID).status == 400
     expected["rejected"] += 1
     check()

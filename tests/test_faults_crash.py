@@ -21,7 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FILES, HEADERS, HISTOGRAMS, PROFILES, PROJECT, ROUNDS, SEED, Server, post, receipts, visible
+from conftest import (
+    FILES,
+    HEADERS,
+    HISTOGRAMS,
+    PROFILES,
+    PROJECT,
+    ROUNDS,
+    SEED,
+    Server,
+    post,
+    receipts,
+    visible,
+    wait_until,
+)
 
 import storage
 
@@ -160,7 +173,7 @@ def test_what_other_workers_receive_goes_on_when_one_worker_is_killed(
     make_server: Callable[..., Server], folder: Path
 ) -> None:
     server = make_server("--workers", "3")
-    wait_until(lambda: len(server.workers()) == 3)
+    wait_until(lambda: len(server.workers()) == 3, 20)
     traffic = Traffic(server.port, random.Random(SEED), first=1000)
     killed = []
     for _ in range(ROUNDS):
@@ -296,20 +309,13 @@ def end_upload(peer: socket.socket, body: bytes) -> tuple[int, Any]:
         return response.status, json.loads(response.read())
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    assert condition()
-
-
 def test_uploads_under_way_are_finished_before_the_service_stops(
     make_server: Callable[..., Server], folder: Path
 ) -> None:
     server = make_server()
     bodies = [HISTOGRAMS + random.Random(SEED + number).randbytes(200_000) for number in range(10)]
     peers = [begin_upload(server.port, body, number) for number, body in enumerate(bodies)]
-    wait_until(lambda: len(list((folder / ".incoming").iterdir())) == len(bodies))
+    wait_until(lambda: len(list((folder / ".incoming").iterdir())) == len(bodies), 20)
     server.process.terminate()
     time.sleep(1.5)
     assert server.process.poll() is None, "the service stopped with uploads under way"
@@ -322,15 +328,15 @@ def test_uploads_under_way_are_finished_before_the_service_stops(
 
 def test_a_reload_cuts_no_upload_and_refuses_none(make_server: Callable[..., Server], folder: Path) -> None:
     server = make_server("--workers", "2")
-    wait_until(lambda: len(server.workers()) == 2)
+    wait_until(lambda: len(server.workers()) == 2, 20)
     bodies = [HISTOGRAMS + random.Random(SEED + number).randbytes(200_000) for number in range(10)]
     peers = [begin_upload(server.port, body, 10 + number) for number, body in enumerate(bodies)]
-    wait_until(lambda: len(list((folder / ".incoming").iterdir())) == len(bodies))
+    wait_until(lambda: len(list((folder / ".incoming").iterdir())) == len(bodies), 20)
     old = set(server.workers())
     traffic = Traffic(server.port, random.Random(SEED), first=1000, senders=3)
     traffic.wait_for(3)
     server.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: len(set(server.workers()) - old) == len(old))
+    wait_until(lambda: len(set(server.workers()) - old) == len(old), 20)
     time.sleep(0.5)
     answers = [end_upload(peer, body) for peer, body in zip(peers, bodies, strict=True)]
     traffic.wait_for(sum(traffic.statuses.values()) + 5)
@@ -338,7 +344,7 @@ def test_a_reload_cuts_no_upload_and_refuses_none(make_server: Callable[..., Ser
     assert [status for status, _ in answers] == [200] * len(bodies)
     assert traffic.broken == []
     assert set(traffic.statuses) == {200}
-    wait_until(lambda: not old & set(server.workers()))
+    wait_until(lambda: not old & set(server.workers()), 20)
     there = visible(folder)
     assert [there[name_of(10 + number)] for number in range(len(bodies))] == bodies
     for number, body in enumerate(bodies):

@@ -31,6 +31,7 @@ from conftest import (
     post,
     receipts,
     visible,
+    wait_until,
 )
 from werkzeug.test import Client
 
@@ -291,13 +292,6 @@ def incoming(folder: Path) -> int:
     return len(list((folder / ".incoming").iterdir()))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    assert condition()
-
-
 def test_an_upload_that_fails_late_leaves_a_later_one_of_the_same_name_alone(
     make_server: Callable[..., Server], folder: Path
 ) -> None:
@@ -311,14 +305,14 @@ def test_an_upload_that_fails_late_leaves_a_later_one_of_the_same_name_alone(
         for path in folder.glob("*.root"):
             path.unlink()
         peer = begin(server.port, body, **headers)
-        wait_until(lambda: incoming(folder) == 1)
+        wait_until(lambda: incoming(folder) == 1, 20)
         assert post(server.port, PROFILES).status == 200
         assert "replaced" not in post(server.port, PROFILES).json
         if what != "cut":
             peer.sendall(body[3000:])
             assert peer.recv(65536).startswith(b"HTTP/1.1 400 ")
         peer.close()
-        wait_until(lambda: incoming(folder) == 0)
+        wait_until(lambda: incoming(folder) == 0, 20)
         end = time.monotonic() + 20
         while (
             sum(receipt["outcome"] == "rejected" for receipt in receipts(folder)) <= number and time.monotonic() < end

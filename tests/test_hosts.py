@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from conftest import (
     receipts,
     settings,
     visible,
+    wait_until,
 )
 
 URL = "https://dqm.example.org"
@@ -101,15 +101,6 @@ def incoming(folder: Path) -> list[str]:
     return sorted(os.listdir(folder / ".incoming"))
 
 
-def wait_until(condition: Any, seconds: float = 15.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return bool(condition())
-
-
 def half_an_upload(host: Host, run: int) -> subprocess.Popen[bytes]:
     """Begin an upload that goes on until its sender's standard input is written and closed."""
     fields = [f"-H{name}: {value}" for name, value in headers(run).items()]
@@ -122,7 +113,7 @@ def half_an_upload(host: Host, run: int) -> subprocess.Popen[bytes]:
     assert sender.stdin is not None
     sender.stdin.write(HISTOGRAMS[:3000])
     sender.stdin.flush()
-    assert wait_until(lambda: any(name.startswith(host.name * 8) for name in incoming(host.folder)))
+    wait_until(lambda: any(name.startswith(host.name * 8) for name in incoming(host.folder)), 15)
     return sender
 
 
@@ -172,7 +163,7 @@ def test_many_uploads_of_one_name_through_nginx_lose_nothing(hosts: Hosts) -> No
     # Each acknowledged upload is either in the folder, or set aside, or was there already.
     assert len(kept) + 1 == sum("duplicate" not in answer for answer in answers)
     assert len(receipts(hosts.folder)) == len(contents)
-    assert wait_until(lambda: incoming(hosts.folder) == [])
+    wait_until(lambda: incoming(hosts.folder) == [], 15)
     # nginx gave both hosts their share.
     assert all(host.log.read_text().count("upload outcome") >= 3 for host in (hosts.a, hosts.b))
 
@@ -239,7 +230,7 @@ def test_when_a_host_dies_the_other_goes_on_and_clears_away_what_it_left_after_a
     os.utime(hosts.folder / ".incoming" / name, (0, 0))
     hosts.b.kill()
     hosts.b.start()
-    assert wait_until(lambda: incoming(hosts.folder) == [])
+    wait_until(lambda: incoming(hosts.folder) == [], 15)
     assert curl(f"{hosts.b.url}/rest/api/runs/31").json["agents"]["testagent"]["files"] == 6
 
 
@@ -249,7 +240,7 @@ def test_a_host_that_comes_back_clears_away_its_own_at_once(hosts: Hosts) -> Non
     sender.communicate(timeout=30)
     assert len(incoming(hosts.folder)) == 1
     hosts.a.start()
-    assert wait_until(lambda: incoming(hosts.folder) == [])
+    wait_until(lambda: incoming(hosts.folder) == [], 15)
 
 
 # --- a network file system ---------------------------------------------------------------------------------------------

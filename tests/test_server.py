@@ -42,6 +42,7 @@ from conftest import (
     receipts,
     settings,
     visible,
+    wait_until,
 )
 
 MB = 1 << 20
@@ -95,15 +96,6 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return make
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def check_refused(answer: Answer, status: int, message: str) -> None:
     assert (answer.curl, answer.error) == (0, "")
     assert (answer.status, answer.headers["content-type"]) == (status, "application/json")
@@ -132,7 +124,7 @@ def test_the_documented_curl_line_stores_the_file(make_server: Callable[..., Ser
     assert curl(server.files, headers=AUTH).json == {"files": [NAME]}
     assert [receipt["outcome"] for receipt in receipts(folder)] == ["stored"]
     assert list((folder / ".incoming").iterdir()) == []
-    assert wait_until(lambda: len(server.workers()) == min(len(os.sched_getaffinity(0)), 4))
+    wait_until(lambda: len(server.workers()) == min(len(os.sched_getaffinity(0)), 4), 10)
 
 
 @pytest.mark.parametrize(
@@ -479,10 +471,10 @@ def test_an_abandoned_upload_leaves_nothing(shared: Shared, kind: str, reset: bo
     before = sorted((shared.folder / ".rejected").iterdir())
     with socket.create_connection(("127.0.0.1", shared.server.port), 30) as peer:
         peer.sendall(upload_head(run, *more) + body)
-        assert wait_until(lambda: any(incoming.iterdir()))
+        wait_until(lambda: any(incoming.iterdir()), 10)
         if reset:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert wait_until(lambda: not any(incoming.iterdir()))
+    wait_until(lambda: not any(incoming.iterdir()), 10)
     assert shared.files(run) == []
     assert sorted((shared.folder / ".rejected").iterdir()) == before
     assert {receipt["outcome"] for receipt in receipts(shared.folder, run)} <= {"rejected"}
@@ -518,7 +510,7 @@ def test_a_workers_memory_does_not_grow_with_the_file(
     large, back = tmp_path / "large.root", tmp_path / "back.root"
     write_large(large, size)
     server = make_server("--workers", "2")
-    assert wait_until(lambda: len(server.workers()) == 2)
+    wait_until(lambda: len(server.workers()) == 2, 10)
     # Every worker has done everything once before, with a small file.
     for number in range(8):
         name = curl(server.files, "--data-binary", "@-", send=PROFILES, headers=HEADERS).json["filename"]
@@ -548,7 +540,7 @@ def test_a_workers_memory_does_not_grow_with_the_file(
 
 def test_each_of_two_workers_serves_what_the_other_has_stored(make_server: Callable[..., Server], folder: Path) -> None:
     server = make_server("--workers", "2")
-    assert wait_until(lambda: len(server.workers()) == 2)
+    wait_until(lambda: len(server.workers()) == 2, 10)
     workers = server.workers()
     names: list[str] = []
     for number, stopped in enumerate(workers):
@@ -572,7 +564,7 @@ def test_an_upload_under_way_is_finished_before_the_server_stops(
     server = make_server()
     with socket.create_connection(("127.0.0.1", server.port), 30) as peer:
         peer.sendall(upload_head(123, f"Content-Length: {len(PROFILES)}", "Connection: close") + PROFILES[:1000])
-        assert wait_until(lambda: any((folder / ".incoming").iterdir()))
+        wait_until(lambda: any((folder / ".incoming").iterdir()), 10)
         server.process.terminate()
         time.sleep(0.5)
         assert server.process.poll() is None
@@ -594,7 +586,7 @@ def test_a_stop_that_comes_while_a_worker_begins_is_not_lost(
         + "\n\nimport time\n\ndef post_fork(server, worker):\n    time.sleep(2 * (worker.age == 2))\n"
     )
     server = make_server("--config", str(configuration), "--workers", "2")
-    assert wait_until(lambda: len(server.workers()) == 2)
+    wait_until(lambda: len(server.workers()) == 2, 10)
     server.process.terminate()
     try:
         assert server.process.wait(10) == 0
