@@ -60,7 +60,7 @@ class worker_class(ThreadWorker):
     def handle(self, conn: Any) -> Any:
         """Serve a request and those that follow at once; where it was the last, wait for the client to close.
 
-        All of it here and not in the thread that accepts: the way there and back takes as long as half of a small upload.
+        All of it here and not in the thread that accepts: the way there and back takes up to a third of a small upload.
         """
         keep = super().handle(conn)
         # With more connections than threads, each request waits for its turn.

@@ -371,12 +371,8 @@ class Receiver:
                 "sha256": upload.sha256,
             }
             self.storage.accept(upload, receipt, began)
-        except (Refusal, storage.StorageError) as refusal:
-            self.record_refusal(receipt, refusal, began)
-            raise
         except Exception as error:
-            receipt.update(outcome="refused", reason=repr(error), seconds=round(time.monotonic() - began, 6))
-            log_upload(receipt)
+            self.record_failure(receipt, error, began)
             raise
         finally:
             for begun in uploads:
@@ -459,16 +455,16 @@ class Receiver:
             logger.exception("an invalid upload could not be kept")
         raise Refusal(NOT_VALID, reason_class="not valid", reason=reason)
 
-    def record_refusal(self, receipt: dict[str, Any], refusal: Refusal | storage.StorageError, began: float) -> None:
-        """Note in receipts and log why an upload was refused; what is no verdict on it, as a full disk, in the log only."""
-        receipt.update(outcome="rejected", reason=str(refusal), seconds=round(time.monotonic() - began, 6))
-        if isinstance(refusal, Refusal):
-            receipt.update(reason=refusal.reason or str(refusal), reason_class=refusal.reason_class)
-        elif isinstance(refusal, storage.FileTooLarge):
-            receipt.update(reason_class="too large")
-        else:
-            receipt["outcome"] = "refused"
-        if receipt["reason_class"] is not None:
+    def record_failure(self, receipt: dict[str, Any], error: Exception, began: float) -> None:
+        """Note in receipts and log why an upload failed; what is no verdict on it, as a full disk, in the log only."""
+        receipt.update(outcome="refused", reason=str(error), seconds=round(time.monotonic() - began, 6))
+        if isinstance(error, Refusal):
+            receipt.update(outcome="rejected", reason=error.reason or str(error), reason_class=error.reason_class)
+        elif isinstance(error, storage.FileTooLarge):
+            receipt.update(outcome="rejected", reason_class="too large")
+        elif not isinstance(error, storage.StorageError):
+            receipt["reason"] = repr(error)
+        if receipt["outcome"] == "rejected":
             try:
                 self.storage.append_receipt(receipt, began)
             except (OSError, storage.StorageError):

@@ -417,15 +417,15 @@ def _list_keys(
             key, head = _read_key(file, at, end, directory)
             size, _, key_size, cycle, position, class_name, name, its_directory = key
         at += len(head)
+        fault = ""
         if not header.begin < position <= header.end - size:
-            record = _record(position, class_name, name)
-            raise InvalidRootFile(f"{directory}: its {record} has {size} bytes, outside the file")
-        if its_directory != directory.position:
-            record = _record(position, class_name, name)
-            raise InvalidRootFile(f"{directory}: its {record} says it is in the directory at byte {its_directory}")
-        if position in heads:
-            record = _record(position, class_name, name)
-            raise InvalidRootFile(f"{directory}: its {record} has a place elsewhere, too")
+            fault = f"has {size} bytes, outside the file"
+        elif its_directory != directory.position:
+            fault = f"says it is in the directory at byte {its_directory}"
+        elif position in heads:
+            fault = "has a place elsewhere, too"
+        if fault:
+            raise InvalidRootFile(f"{directory}: its {_record(position, class_name, name)} {fault}")
         heads[position] = head
         if top is not None:
             top[position] = name, cycle, class_name
@@ -664,11 +664,9 @@ def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
     if kind != b"ZL\x08" or block_stored | high << 16 != stored - _BLOCK.size or block_size | higher << 16 != size:
         return None
     try:
-        inflated: bytearray = deflate.zlib_decompress(data[at + _BLOCK.size : end], size)
-    except deflate.DeflateError:
+        return _inflate_zlib(data[at + _BLOCK.size : end], size)
+    except (deflate.DeflateError, InvalidRootFile):
         return None
-    (checksum,) = _CHECKSUM.unpack_from(data, end - _CHECKSUM.size)
-    return inflated if len(inflated) == size and deflate.adler32(inflated) == checksum else None
 
 
 def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | bytearray:
@@ -726,10 +724,11 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | b
     return first or b""
 
 
-def _inflate_zlib(stored: memoryview, size: int) -> _Bytes:
+def _inflate_zlib(stored: bytes | memoryview, size: int) -> _Bytes:
     inflated: bytearray = deflate.zlib_decompress(stored, size)  # libdeflate never writes more than `size` bytes
     # libdeflate ignores what follows the stream; where nothing does, the stream's checksum ends the block.
-    if deflate.adler32(inflated) != int.from_bytes(stored[-4:], "big"):
+    (checksum,) = _CHECKSUM.unpack_from(stored, -_CHECKSUM.size)
+    if deflate.adler32(inflated) != checksum:
         raise InvalidRootFile("bytes behind the end of its zlib stream")
     if len(inflated) != size:
         raise InvalidRootFile(f"a block inflates to {len(inflated)} bytes, its head says {size}")
