@@ -218,6 +218,7 @@ def load(running: Server, script: str, target: str, seconds: float, connections:
     """Run wrk: one thread, as many connections as said, each with its next request as soon as it has an answer."""
     path = running.log.with_name("wrk.lua")
     path.write_text(script + _DONE)
+    time.sleep(0.5)  # every worker is there, and what was begun for the load before is at its end
     pids = running.workers()
     before = cpu_seconds(pids)
     command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", "-s", str(path)]
