@@ -656,7 +656,7 @@ def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
     Return None for every other, also for a damaged one and where not all of it is in `data`.
     """
     end = at + stored
-    if end > len(data) or stored < _BLOCK.size:
+    if end > len(data) or stored < _BLOCK.size or not size:  # asked for nothing, libdeflate does not look at the stream
         return None
     if stored == size:
         return data[at : min(end, at + _NAME_BYTES)]
@@ -843,9 +843,12 @@ _NAMELESS = frozenset(
 def _has_name_of_key(payload: _Bytes, key: bytes) -> bool:
     """Whether an object begins with a TNamed of the name and title that are in its key, as nearly all do."""
     name_and_title = key[_KEY.size + 1 + key[_KEY.size] :]
-    # Before it come but the versions of the classes that inherit it: four of a TProfile2D, which is a TH2D, TH2 and TH1.
+    # Before it come the versions of the classes that inherit it, each with a byte count (of which "@" is the
+    # first byte), and nothing else: four of them in a TProfile2D, which is a TH2D, TH2 and TH1.
     at = payload.find(_NAMED.pack(_NAMED_SIZE + len(name_and_title), 1, 1), 0, 4 * _VERSION_SIZE + _NAMED.size)
-    return at % _VERSION_SIZE == 0 and payload.startswith(name_and_title, at + _VERSION_SIZE + _OBJECT_SIZE)
+    if at % _VERSION_SIZE or payload[:at:_VERSION_SIZE].strip(b"@"):
+        return False
+    return payload.startswith(name_and_title, at + _VERSION_SIZE + _OBJECT_SIZE)
 
 
 def _object_name(key_name: str, class_name: str, payload: _Bytes) -> str:

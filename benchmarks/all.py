@@ -1,6 +1,6 @@
 """Runs every benchmark and puts what it prints between its markers in docs/performance.md.
 
-Command: python benchmarks/all.py [NAME ...]   (a quarter of an hour; NAME is that of a script, without .py)
+Command: python benchmarks/all.py [NAME ...]   (half an hour; NAME is that of a script, without .py)
 Needs: what the benchmarks need.
 """
 

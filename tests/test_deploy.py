@@ -339,7 +339,7 @@ def test_overwatch_keeps_its_own_pages(site: Site) -> None:
 
 
 def test_the_logs_have_the_clients_address_and_the_upload_but_no_token(way: Way) -> None:
-    run = {"gunicorn": 205, "uwsgi": 206}[way.name]
+    run = {"gunicorn": 205, "uwsgi": 207}[way.name]
     answer = way(FILES, "--data-binary", "@-", "--interface", "127.0.0.9", send=HISTOGRAMS, runNumber=str(run))
     assert answer.status == 200
     served = re.compile(r"127\.0\.0\.9 \"POST (/dqm)?/rest/api/files HTTP/1\.[01]\" 200 ")

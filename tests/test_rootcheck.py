@@ -1079,6 +1079,11 @@ def test_block_of_nothing(refuse: Refuse) -> None:
     refuse(compressed([COMPRESS["ZL"](TEXT), COMPRESS["ZL"](b"")], len(TEXT)), "inflates to 0 bytes")
 
 
+@pytest.mark.parametrize("stored", [b"", bytes(3), b"\0\0\0\1", zlib.compress(b"")])
+def test_block_of_nothing_for_an_object_of_nothing(stored: bytes, refuse: Refuse) -> None:
+    refuse(compressed([block(b"ZL", 8, stored, 0)], 0), "inflates to 0 bytes")
+
+
 def test_record_without_payload_for_an_object_of_some_size(refuse: Refuse) -> None:
     refuse(compressed([], 1000), "inflates to 0 bytes, its key says 1000")
 
@@ -1219,6 +1224,7 @@ def test_limit_of_seconds(monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> No
         (b"TNamed", tnamed(b"a\xe9"), "a\\xe9"),
         (b"TH1F", versioned(versioned(tnamed(b"own") + b"members")), "own"),
         (b"MyHeir", versioned(tnamed(b"own") + b"members"), "own"),
+        (b"MyHeir", versioned(tnamed(b"") + tnamed(b"h")), ""),
         (b"TObjString", versioned(tobject() + string(b"own")), "own"),
         (b"TParameter<int>", versioned(tobject() + string(b"own") + bytes(4)), "own"),
         (b"TObjArray", versioned(tobject() + string(b"") + bytes(8)), "TObjArray"),
