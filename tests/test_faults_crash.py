@@ -89,10 +89,7 @@ class Traffic:
                     self.acknowledged[name].add(body)
 
     def wait_for(self, answers: int, seconds: float = 30.0) -> None:
-        end = time.monotonic() + seconds
-        while sum(self.statuses.values()) < answers and time.monotonic() < end:
-            time.sleep(0.01)
-        assert sum(self.statuses.values()) >= answers
+        wait_until(lambda: sum(self.statuses.values()) >= answers, seconds)
 
     def stop(self) -> None:
         self._over.set()
@@ -181,9 +178,7 @@ def test_what_other_workers_receive_goes_on_when_one_worker_is_killed(
         traffic.wait_for(before + 5)
         killed.append(server.workers()[0])
         os.kill(killed[-1], signal.SIGKILL)
-        end = time.monotonic() + 20
-        while (len(server.workers()) < 3 or killed[-1] in server.workers()) and time.monotonic() < end:
-            time.sleep(0.02)
+        wait_until(lambda: len(now := server.workers()) >= 3 and killed[-1] not in now, 20)
     traffic.wait_for(sum(traffic.statuses.values()) + 5)
     traffic.stop()
     assert not traffic.statuses.keys() - {200}

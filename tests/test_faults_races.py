@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,6 +291,10 @@ def incoming(folder: Path) -> int:
     return len(list((folder / ".incoming").iterdir()))
 
 
+def rejected(folder: Path) -> int:
+    return sum(receipt["outcome"] == "rejected" for receipt in receipts(folder))
+
+
 def test_an_upload_that_fails_late_leaves_a_later_one_of_the_same_name_alone(
     make_server: Callable[..., Server], folder: Path
 ) -> None:
@@ -313,12 +316,8 @@ def test_an_upload_that_fails_late_leaves_a_later_one_of_the_same_name_alone(
             assert peer.recv(65536).startswith(b"HTTP/1.1 400 ")
         peer.close()
         wait_until(lambda: incoming(folder) == 0, 20)
-        end = time.monotonic() + 20
-        while (
-            sum(receipt["outcome"] == "rejected" for receipt in receipts(folder)) <= number and time.monotonic() < end
-        ):
-            time.sleep(0.02)
-        assert sum(receipt["outcome"] == "rejected" for receipt in receipts(folder)) == number + 1
+        wait_until(lambda: rejected(folder) > number, 20)  # noqa: B023
+        assert rejected(folder) == number + 1
         assert visible(folder) == {NAME: PROFILES}, what
         assert list((folder / ".replaced").iterdir()) == []
 

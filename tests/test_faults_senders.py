@@ -53,9 +53,7 @@ def rude(shared: tuple[Server, Path]) -> Iterator[tuple[Server, Path]]:
     """The shared server; whatever a test does, it has its workers, its folder and its manners afterwards."""
     server, folder = shared
     # A test before this one may have left whole uploads behind whose senders did not wait for the answer.
-    end = time.monotonic() + 10
-    while any((folder / ".incoming").iterdir()) and time.monotonic() < end:
-        time.sleep(0.1)
+    wait_until(lambda: not any((folder / ".incoming").iterdir()), 60)
     for path in folder.glob("*.root"):
         path.unlink()
     workers = server.workers()
