@@ -526,28 +526,31 @@ class Storage:
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash has torn the line before
                     line = b"\n" + line
+                if not size:  # whoever finds a receipt here takes the name of the file to be on the disk
+                    _sync_folder(self.folder / RECEIPTS)
                 try:
                     if os.write(fd, line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(fd)
-                    if not size:
-                        _sync_folder(self.folder / RECEIPTS)
                 except BaseException:
                     os.ftruncate(fd, size)
                     raise
                 written = True
+                # Others may append while the disk takes its time; else the uploads of a run would wait for each other.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+                os.fsync(fd)
         except BaseException:
-            if written:  # and not closed without an error
-                self._take_back_receipt(run, line)
+            if written:
+                self._take_back_receipt(run, line, size)
             raise
         return True
 
-    def _take_back_receipt(self, run: int, line: bytes) -> None:
-        """Remove a line from the end of the receipts, if it is still there."""
+    def _take_back_receipt(self, run: int, line: bytes, start: int) -> None:
+        """Blank a line of the receipts: others may have come behind it, so that it cannot be cut off."""
         with contextlib.suppress(OSError), self._open_receipts(run) as fd:
-            size = os.fstat(fd).st_size - len(line)
-            if size >= 0 and os.pread(fd, len(line), size) == line:
-                os.ftruncate(fd, size)
+            if os.pread(fd, len(line), start) == line:  # and the file was not archived or cleared away
+                fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # no O_APPEND, with which Linux heeds no position
+                os.pwrite(fd, b" " * (len(line) - 1) + b"\n", start)
 
     @contextlib.contextmanager
     def _open_receipts(self, run: int) -> Iterator[int]:

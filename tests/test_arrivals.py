@@ -184,7 +184,7 @@ def test_a_receipt_is_on_the_disk_before_the_answer(
 
     monkeypatch.setattr(os, "fsync", recording)
     send(Client(recorded), body)
-    assert events[-3:] == ["receipt", ".receipts", status]
+    assert events[-3:] == [".receipts", "receipt", status]
 
 
 def test_receipts_of_several_processes_are_whole_lines_and_each_is_counted(make_app: MakeApp, folder: Path) -> None:

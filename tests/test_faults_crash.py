@@ -379,9 +379,9 @@ def test_the_disk_has_file_name_and_receipt_before_the_socket_has_the_200(
         "fsync the file": rf"f(data)?sync\(\d+<{here}/\.incoming/",
         "give the name": rf'link(at)?\(.*{re.escape(name_of(234))}"',
         "fsync the folder": rf"f(data)?sync\(\d+<{here}>\)",
+        "fsync the folder of receipts": rf"f(data)?sync\(\d+<{here}/\.receipts>\)",
         "write the receipt": rf"write\(\d+<{here}/\.receipts/123\.jsonl>",
         "fsync the receipt": rf"f(data)?sync\(\d+<{here}/\.receipts/123\.jsonl>",
-        "fsync the folder of receipts": rf"f(data)?sync\(\d+<{here}/\.receipts>\)",
         "answer": r'(sendto|sendmsg|write|writev)\(.*"HTTP/1\.1 200 ',
     }
     found = {step: [match.start() for match in re.finditer(pattern, text)] for step, pattern in steps.items()}
