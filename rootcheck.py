@@ -664,7 +664,7 @@ def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
     if kind != b"ZL\x08" or block_stored | high << 16 != stored - _BLOCK.size or block_size | higher << 16 != size:
         return None
     try:
-        return _inflate_zlib(data[at + _BLOCK.size : end], size)
+        return _inflate_zlib(memoryview(data)[at + _BLOCK.size : end], size)
     except (deflate.DeflateError, InvalidRootFile):
         return None
 
@@ -724,7 +724,7 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | b
     return first or b""
 
 
-def _inflate_zlib(stored: bytes | memoryview, size: int) -> _Bytes:
+def _inflate_zlib(stored: memoryview, size: int) -> _Bytes:
     inflated: bytearray = deflate.zlib_decompress(stored, size)  # libdeflate never writes more than `size` bytes
     # libdeflate ignores what follows the stream; where nothing does, the stream's checksum ends the block.
     (checksum,) = _CHECKSUM.unpack_from(stored, -_CHECKSUM.size)
