@@ -531,26 +531,23 @@ class Storage:
                 try:
                     if os.write(fd, line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(fd)
                 except BaseException:
                     os.ftruncate(fd, size)
                     raise
                 written = True
-                # Others may append while the disk takes its time; else the uploads of a run would wait for each other.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(fd, fcntl.LOCK_UN)
-                os.fsync(fd)
         except BaseException:
-            if written:
-                self._take_back_receipt(run, line, size)
+            if written:  # and not closed without an error
+                self._take_back_receipt(run, line)
             raise
         return True
 
-    def _take_back_receipt(self, run: int, line: bytes, start: int) -> None:
-        """Blank a line of the receipts: others may have come behind it, so that it cannot be cut off."""
+    def _take_back_receipt(self, run: int, line: bytes) -> None:
+        """Remove a line from the end of the receipts, if it is still there."""
         with contextlib.suppress(OSError), self._open_receipts(run) as fd:
-            if os.pread(fd, len(line), start) == line:  # and the file was not archived or cleared away
-                fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # no O_APPEND, with which Linux heeds no position
-                os.pwrite(fd, b" " * (len(line) - 1) + b"\n", start)
+            size = os.fstat(fd).st_size - len(line)
+            if size >= 0 and os.pread(fd, len(line), size) == line:
+                os.ftruncate(fd, size)
 
     @contextlib.contextmanager
     def _open_receipts(self, run: int) -> Iterator[int]:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -940,40 +939,6 @@ def test_receipts_of_many_threads_do_not_mix(make_store: Callable[..., Storage])
     for thread in threads:
         thread.join()
     assert sorted(numbers(stores[0])) == sorted(list(range(4)) * 20)
-
-
-def test_receipts_of_a_run_wait_for_the_disk_at_the_same_time(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    note(store, 0)
-    both, fsync = threading.Barrier(2, timeout=10), os.fsync
-
-    def meet(fd: int) -> None:
-        both.wait()
-        fsync(fd)
-
-    with monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
-        patch.setattr(os, "fsync", meet)
-        assert list(threads.map(lambda number: note(store, number), (1, 2))) == [None, None]
-    assert sorted(numbers(store)) == [0, 1, 2]
-
-
-def test_a_receipt_that_fails_to_reach_the_disk_is_taken_back_from_between_others(
-    store: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    note(store, 0)
-    fsync = os.fsync
-
-    def fail_after_another(fd: int) -> None:
-        monkeypatch.setattr(os, "fsync", fsync)
-        another = threading.Thread(target=note, args=(store, 2))
-        another.start()
-        another.join(10)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail_after_another)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        note(store, 1)
-    note(store, 3)
-    assert numbers(store) == [0, 2, 3]
 
 
 def test_now_is_utc_and_sorts_as_text() -> None:
