@@ -524,10 +524,10 @@ class Storage:
                 if not while_true():
                     return False
                 size = os.fstat(fd).st_size
-                if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash has torn the line before
-                    line = b"\n" + line
                 if not size:  # whoever finds a receipt here takes the name of the file to be on the disk
                     _sync_folder(self.folder / RECEIPTS)
+                elif os.pread(fd, 1, size - 1) != b"\n":  # a crash has torn the line before
+                    line = b"\n" + line
                 try:
                     if os.write(fd, line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
