@@ -818,7 +818,7 @@ def test_a_spool_survives_kills_at_any_time(
     options = (*SENT_AS, "--spool", spool, "--once")
     end = time.monotonic() + seconds
     number = kills = 0
-    while time.monotonic() < end or kills < 4:
+    while time.monotonic() < end + (0 if kills > 3 else 60):  # a slow machine needs longer for its kills
         for _ in range(random.randint(0, 6)):
             put(spool, f"{number % 5}-{number}.root", file_of(number, 500_000), 1000 + number // 2)
             number += 1
@@ -833,6 +833,7 @@ def test_a_spool_survives_kills_at_any_time(
             client.kill()
             kills += client.wait() == -signal.SIGKILL
     assert send(real.url, *options, "--tries", 100).status == 0
+    assert kills > 3
     contents = [file_of(each, 500_000) for each in range(number)]
     assert Counter(visible(folder).values()) == Counter(contents)
     assert not list((folder / ".replaced").iterdir())
