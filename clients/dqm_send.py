@@ -48,7 +48,7 @@ _TEMPORARY = (".tmp", ".part", ".partial", ".swp", "~")
 
 # 400s that are no verdict on the file: the token is wrong; other bytes arrived than were sent.
 _TOKEN_MESSAGES = ("Must pass a token!", "Received token, but it is invalid!")
-_DAMAGED_ON_THE_WAY = ("The header sha256 differs", "The body ended before it was complete")
+_DAMAGED_ON_THE_WAY = ("The header sha256 differs", "The body ended")
 
 
 class Upload(NamedTuple):

@@ -361,6 +361,39 @@ def test_every_file_arrives_once_while_the_receiver_is_killed_and_restarted(
     assert not list((folder / ".replaced").iterdir())
 
 
+def cut_on_the_way(receiver: Server, request: Received, chunked: bool) -> bytes:
+    """Return what the receiver answers when half of the file reaches it."""
+    half = request.body[: len(request.body) // 2]
+    headers = {**request.headers, "connection": "close"}
+    if chunked:
+        del headers["content-length"]
+        headers["transfer-encoding"] = "chunked"
+        half = f"{len(request.body):x}\r\n".encode() + half
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    with socket.create_connection(("127.0.0.1", receiver.port), timeout=30) as connection:
+        connection.sendall(f"POST {FILES} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + half)
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            return answer.read()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_file_that_is_cut_on_the_way_is_sent_again(
+    real: Server, fake: Callable[..., Fake], send: Send, root_file: Path, folder: Path, chunked: bool
+) -> None:
+    answers: list[bytes] = []
+
+    def relay(request: Received) -> bytes:
+        answers.append(cut_on_the_way(real, request, chunked))
+        return answers[-1]
+
+    server = fake(relay, acknowledgement)
+    done = send(server.url, *SENT_AS, root_file)
+    assert b" 400 " in answers[0].splitlines()[0] and b"The body ended" in answers[0]
+    assert (done.status, done.lines[0]["attempts"]) == (0, 2), done.error
+    assert visible(folder) == {}
+
+
 # --- one file, bad answers ---------------------------------------------------------------------------------------------
 
 
