@@ -100,7 +100,7 @@ def os_errors() -> Iterator[None]:
         if error.errno in _NO_ROOM:
             raise NoRoom(f"There is no room for the file: {error.strerror}") from error
         if error.errno in _UNAVAILABLE:
-            raise Unavailable(f"The data folder cannot be written: {error.strerror}") from error
+            raise Unavailable(f"The data folder cannot be used: {error.strerror}") from error
         raise
 
 
@@ -576,13 +576,15 @@ class Storage:
         return record
 
     def receipts_tag(self, run: int) -> str:
-        """Return what changes whenever the receipts of a run do; raises NoSuchRun."""
-        try:
-            # Opened, not asked for its status only: NFS asks its server when a file is opened.
-            with open(self._receipts_path(run), "rb") as file:
-                status = os.fstat(file.fileno())
-        except OSError as error:
-            raise NoSuchRun(f"There is no run {run}") from error
+        """Return what changes whenever the receipts of a run do; raises NoSuchRun or Unavailable."""
+        with os_errors():
+            try:
+                # Opened, not asked for its status only: NFS asks its server when a file is opened.
+                with open(self._receipts_path(run), "rb") as file:
+                    status = os.fstat(file.fileno())
+            except (FileNotFoundError, IsADirectoryError) as error:
+                os.stat(self.folder)  # without it, nobody knows
+                raise NoSuchRun(f"There is no run {run}") from error
         return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
     def _receipts_size(self, run: int) -> int:
@@ -615,7 +617,7 @@ class Storage:
         try:
             probe.write(b"health")
             if probe.twin(probe.path) is None:
-                raise Unavailable("The data folder cannot be written: it does not give back what was written")
+                raise Unavailable("The data folder cannot be used: it does not give back what was written")
         finally:
             probe.discard()
 
@@ -632,16 +634,18 @@ class Storage:
         return sorted(names)
 
     def open(self, name: str) -> BinaryIO:
-        """Open a visible, regular file of the folder; raises NoSuchFile for every other name."""
+        """Open a visible, regular file of the folder; raises NoSuchFile for every other name, or Unavailable."""
         if not name or name.startswith(".") or "/" in name or "\0" in name:
             raise NoSuchFile(f"There is no file {name!r}")
-        try:
-            # O_NONBLOCK: opening a pipe must not wait for its other end.
-            fd = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_FILE:
-                raise
-            raise NoSuchFile(f"There is no file {name!r}") from error
+        with os_errors():
+            try:
+                # O_NONBLOCK: opening a pipe must not wait for its other end.
+                fd = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_FILE:
+                    raise
+                os.stat(f"{self.folder}/.")  # without the folder, nobody knows
+                raise NoSuchFile(f"There is no file {name!r}") from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise NoSuchFile(f"There is no file {name!r}")

@@ -606,8 +606,10 @@ def test_a_folder_that_is_gone_is_unavailable(store: Storage) -> None:
         store.new_upload()
     with pytest.raises(Unavailable):
         store.names()
-    with pytest.raises(NoSuchFile):
+    with pytest.raises(Unavailable):
         store.open(NAME)
+    with pytest.raises(Unavailable):
+        store.receipts_tag(123)
 
 
 # --- rejected uploads --------------------------------------------------------------------------------------------------
