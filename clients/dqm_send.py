@@ -46,9 +46,12 @@ _SPOOLED = re.compile(rf"{_CLAIM.pattern}(?:\.(?P<status>start|end))?\.root")
 _STATUS = {None: 0, "start": 1, "end": 2}
 _TEMPORARY = (".tmp", ".part", ".partial", ".swp", "~")
 
-# 400s that are no verdict on the file: the token is wrong; other bytes arrived than were sent.
+# 400s that are no verdict on the file: the token or the URL is wrong (gunicorn's and nginx's words); other bytes arrived
+# than were sent.
 _TOKEN_MESSAGES = ("Must pass a token!", "Received token, but it is invalid!")
+_URL_MESSAGES = ("The request is not HTTP", "Bad request: not understood by the proxy")
 _DAMAGED_ON_THE_WAY = ("The header sha256 differs", "The body ended")
+_NO_VERDICT = _TOKEN_MESSAGES + _URL_MESSAGES + _DAMAGED_ON_THE_WAY
 
 
 class Upload(NamedTuple):
@@ -250,7 +253,7 @@ def judge(status: int, body: bytes, size: int, sha256: str, whole: bool) -> Resu
             outcome = next((name for name in ("duplicate", "replaced") if answer.get(name) is True), "stored")
             return Result(outcome, text, status, answer["filename"])
         text = "HTTP 200, but for other bytes than were sent"
-    elif status == 413 or (status == 400 and ours and not text.startswith(_TOKEN_MESSAGES + _DAMAGED_ON_THE_WAY)):
+    elif status == 413 or (status == 400 and ours and not text.startswith(_NO_VERDICT)):
         reason = answer.get("reason") if ours else None
         return Result("refused", text, status, reason=reason if isinstance(reason, str) else None)
     elif status in (404, 405) or (status == 400 and not text.startswith(_DAMAGED_ON_THE_WAY)):
@@ -283,7 +286,7 @@ class Spool:
         for path in (self._sending, self._sent, self._refused):
             path.mkdir(exist_ok=True)
         newest = sorted(heapq.nlargest(_REMEMBERED, regular_files(self._sent)))
-        self._done = {self._claim_of(path, written): path.name for written, path in newest}
+        self._done = {self._claim_of(path, written): (path.name, written) for written, path in newest}
         self._warned: set[str] = set()
 
     def close(self) -> None:
@@ -334,7 +337,7 @@ class Spool:
             self._warned.add(path.name)
         while claim:
             try:
-                if named or self._done.get(claim, path.name) == path.name:
+                if named or self._done.get(claim, (path.name, written)) == (path.name, written):
                     (self._sending / claim).mkdir()
                     path.rename(self._sending / claim / path.name)
                     return True
@@ -369,12 +372,12 @@ class Spool:
         while target.exists():
             number += 1
             target = folder / f"{path.stem}.{number}{path.suffix}"
+        self._done[path.parent.name] = (path.name, path.stat().st_mtime_ns)
         if reason:
             (folder / f"{target.name}.reason").write_text(reason, "utf-8", "backslashreplace")
         path.rename(target)
         with contextlib.suppress(OSError):
             path.parent.rmdir()
-        self._done[path.parent.name] = path.name
         if len(self._done) > _REMEMBERED:
             del self._done[next(iter(self._done))]
 

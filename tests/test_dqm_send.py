@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import socket
@@ -397,6 +398,9 @@ def test_a_file_that_is_cut_on_the_way_is_sent_again(
 # --- one file, bad answers ---------------------------------------------------------------------------------------------
 
 
+# nginx's, to plain HTTP on the port of HTTPS, for instance
+NOT_FOR_THE_PROXY = re.findall(r'return 400 .*"message": "(.*?)"', (PROJECT / "deploy" / "nginx.conf").read_text())[0]
+
 NO_VERDICT: dict[str, Reply] = {
     **{str(status): error(status) for status in (408, 429, 500, 502, 503, 504, 507)},
     "a proxy's 502": http_answer(502, b"<html>Bad gateway</html>"),
@@ -449,6 +453,7 @@ def test_without_a_verdict_in_the_end_the_exit_status_is_1(
         (http_answer(413, b"<html>"), "refused"),
         (http_answer(400, b"<html>"), "misconfigured"),
         (error(400, "Must pass a token!"), "misconfigured"),
+        (error(400, NOT_FOR_THE_PROXY), "misconfigured"),
         (error(404), "misconfigured"),
         (http_answer(405, b"<html>"), "misconfigured"),
     ],
@@ -459,6 +464,18 @@ def test_a_verdict_is_not_tried_again(
     server = fake(reply)
     done = send(server.url, *SENT_AS, root_file)
     assert (done.status, done.lines[0]["outcome"], len(server.requests)) == (1, outcome, 1)
+
+
+def test_what_reaches_the_receiver_as_no_http_is_no_verdict_on_the_file(
+    real: Server, fake: Callable[..., Fake], send: Send, root_file: Path
+) -> None:
+    with socket.create_connection(("127.0.0.1", real.port), timeout=30) as connection:
+        connection.sendall(b"\x16\x03\x01 TLS\r\n\r\n")
+        with connection.makefile("rb") as stream:
+            answer = stream.read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    done = send(fake(answer).url, *SENT_AS, root_file)
+    assert (done.status, done.lines[0]["outcome"]) == (1, "misconfigured")
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -658,7 +675,7 @@ def test_it_runs_under_python_38(
 # --- a folder ----------------------------------------------------------------------------------------------------------
 
 
-def put(spool: Path, name: str, content: bytes, written: int) -> Path:
+def put(spool: Path, name: str, content: bytes, written: float) -> Path:
     """Spool a file as its writer should: written elsewhere and renamed."""
     outside = spool.parent / f"writing {name}"
     outside.write_bytes(content)
@@ -716,6 +733,29 @@ def test_files_of_one_second_do_not_take_each_others_name(fake: Callable[..., Fa
         if number != 2:
             assert send(server.url, *SENT_AS, "--spool", spool, "--once").status == 0
     assert sorted(request.headers["timestamp"] for request in server.requests) == [str(1000 + n) for n in range(5)]
+
+
+def test_files_of_one_second_and_name_do_not_take_each_others_place(
+    fake: Callable[..., Fake], send: Send, spool: Path
+) -> None:
+    server = fake(acknowledgement)
+    for number in range(3):
+        put(spool, "same.root", file_of(number), 1000 + number / 10)
+        assert send(server.url, *SENT_AS, "--spool", spool, "--once").status == 0
+    assert [request.headers["timestamp"] for request in server.requests] == ["1000", "1001", "1002"]
+
+
+def test_a_refused_file_that_is_moved_back_is_sent_as_what_it_was(
+    fake: Callable[..., Fake], module: ModuleType, token_file: Path, spool: Path
+) -> None:
+    server = fake(error(400), acknowledgement)
+    put(spool, "same.root", file_of(1), 1000.5)
+    sender, process = module.Sender(server.url, token_file), module.Spool(spool, 300005, "EMC")
+    with contextlib.closing(process):
+        process.process(sender, lambda *_: None)
+        (spool / "refused" / "same.root").rename(spool / "same.root")
+        process.process(sender, lambda *_: None)
+    assert [request.headers["timestamp"] for request in server.requests] == ["1000", "1000"]
 
 
 def test_a_new_file_of_the_same_name_is_sent_as_well(fake: Callable[..., Fake], send: Send, spool: Path) -> None:
