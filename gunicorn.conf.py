@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -22,6 +24,8 @@ import receiver
 
 AT_ONCE = 0.02  # seconds within which a sender's next request comes, where it has one
 STALLED = 120  # seconds without a byte, in either direction, after which a connection is given up
+OPEN_FILES = 65536  # connections and files that a process may have open at once, where the host allows it
+TOO_MANY = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 wsgi_app = "receiver:create_app()"
 bind = "127.0.0.1:8080"
@@ -33,6 +37,10 @@ threads = 128
 
 # An upload under way is finished before a worker stops (SIGTERM) or gives way to a new one (SIGHUP).
 graceful_timeout = 600
+
+# A login shell's usual limit, 1024, is less than 1000 connections and the files of those that upload.
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
 
 # The application is loaded before the workers fork: a mistake in the settings is one line and no loop of dying workers, and
 # each worker starts at once.
@@ -64,10 +72,15 @@ class worker_class(ThreadWorker):
     that does not close its connection."""
 
     def accept(self, listener: Any) -> None:
-        """Accept a connection, unless a worker that has fewer of them is quicker."""
+        """Accept a connection, unless a worker that has fewer of them is quicker or there are too many."""
         if self.cfg.workers > 1:
             time.sleep(0.0002 * min(self.nr_conns, 10))
-        super().accept(listener)
+        try:
+            super().accept(listener)
+        except OSError as error:
+            if error.errno not in TOO_MANY:
+                raise
+            time.sleep(0.1)  # until one of the others ends
 
     def handle(self, conn: Any) -> Any:
         """Serve a request and those that follow at once; where it was the last, wait for the client to close.
@@ -80,6 +93,7 @@ class worker_class(ThreadWorker):
             keep = super().handle(conn)
         if keep is False:
             conn.close(graceful=True)
+            # gunicorn closes it once more, in the thread that accepts.
             conn.close = lambda graceful=False: None
         return keep
 
@@ -124,7 +138,7 @@ def when_ready(server: Arbiter) -> None:
 
 
 def on_reload(server: Arbiter) -> None:
-    """On SIGHUP: read the settings and the token file again, or go on with the old ones where there is a mistake."""
+    """On SIGHUP: read the token file again, or go on with the old tokens where there is a mistake."""
     try:
         server.app.callable = receiver.create_app()
     except receiver.ConfigurationError as error:

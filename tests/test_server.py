@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -254,6 +255,39 @@ def test_a_connection_that_never_rests_leaves_others_their_turn(make_server: Cal
         assert answers < requests
         sending.result(60)
         reading.result(60)
+
+
+def test_more_connections_than_files_may_be_open_end_no_worker_and_no_upload(
+    make_server: Callable[..., Server], folder: Path
+) -> None:
+    server = make_server("--workers", "1")
+    (worker,) = server.workers()
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        peer.sendall(upload_head(123, f"Content-Length: {len(PROFILES)}", "Connection: close") + PROFILES[:1000])
+        wait_until(lambda: any((folder / ".incoming").iterdir()), 10)
+        most = len(os.listdir(f"/proc/{worker}/fd")) + 10
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (most, most))
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30)) for _ in range(50)]
+        wait_until(lambda: len(os.listdir(f"/proc/{worker}/fd")) == most, 10)
+        for connection in idle:
+            connection.close()
+        peer.sendall(PROFILES[1000:])
+        with peer.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 200 ")
+        assert curl(server.files, headers=AUTH).json == {"files": [NAME]}
+    assert server.workers() == [worker]
+
+
+def test_a_worker_may_open_as_many_files_as_the_host_allows(make_server: Callable[..., Server]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        server = make_server("--workers", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (worker,) = server.workers()
+    assert resource.prlimit(worker, resource.RLIMIT_NOFILE)[0] == max(256, min(hard, 65536))
 
 
 # --- the start ---------------------------------------------------------------------------------------------------------
