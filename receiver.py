@@ -51,7 +51,7 @@ logger = logging.getLogger("dqm_receiver")
 
 _PREFIX = "DQM_RECEIVER_"
 _CHUNK = 1 << 18  # bytes read at once
-_FORM_CHUNK = 1 << 19  # the same of a form: gunicorn copies what it has received beyond that
+_FORM_CHUNK = 1 << 19  # the same of a form: what gunicorn has received beyond that it copies for the next reading
 _FORM_END = 256  # bytes in which the end of a form's last part fits: RFC 2046 allows a boundary 70
 _FORM_OVERHEAD = 1 << 20  # bytes a form may have beside its file
 _MAX_FORM_PARTS = 16

@@ -35,7 +35,7 @@ MAX_DEPTH = 100
 MAX_KEY_LISTS = 16 << 20  # bytes of all key lists, which stay in memory
 MAX_NAMES = 8 << 20  # characters of the keys' names and of the objects' own, which go into the answer
 MAX_RECORDS = 5_000_000
-MAX_BLOCKS = 20_000  # behind the first of an object; each but an object's last inflates to 16 MiB
+MAX_BLOCKS = 20_000  # compressed, of all objects, not counting the first of each; writers fill 16 MiB before the next
 MAX_OBJECT_SIZE = 1 << 30  # bytes, inflated
 MAX_INFLATED = 2 << 30  # bytes, of the whole file; or MAX_INFLATION times its size, if that is more
 MAX_INFLATION = 32
@@ -604,13 +604,9 @@ def _read_free_list(file: _File, header: _Header, tree: _Tree) -> dict[int, int]
         raise InvalidRootFile(f"{what}: the last one, {first} to {last}, is not the room behind byte {header.end}")
     older = file.pread(at, _FREE.size) if end - at == _FREE.size else b""
     # Where the list has become shorter, uproot may leave an older last segment behind it.
-    if not _is_zero(file, at, end) and older != _last_segment(int.from_bytes(older[2:6], "big")):
+    if _skip_zero_bytes(file, at, end) < end and older != _last_segment(int.from_bytes(older[2:6], "big")):
         raise InvalidRootFile(f"{what}: something else behind its {header.free_segments} segments")
     return holes
-
-
-def _is_zero(file: _File, start: int, end: int) -> bool:
-    return _skip_zero_bytes(file, start, end) == end
 
 
 def _skip_zero_bytes(file: _File, start: int, end: int) -> int:
@@ -669,7 +665,7 @@ def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
         return None
 
 
-def _check_payload(file: _File, start: int, stored: int, size: int) -> bytes | bytearray:
+def _check_payload(file: _File, start: int, stored: int, size: int) -> _Bytes:
     """Inflate a payload block by block and let go of it; return its beginning."""
     if stored == size:  # not compressed
         length = min(size, _NAME_BYTES)

@@ -256,7 +256,7 @@ class AgentRecord:
 
 
 class RunRecord:
-    """The receipts of one run, added up. They are only ever appended to, so that only new ones are read."""
+    """The receipts of one run, added up; of those only that have come since are read, unless the last one read has gone."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -367,7 +367,8 @@ class Storage:
     def accept(self, upload: Upload, receipt: dict[str, Any], began: float) -> None:
         """Give a valid upload the name in its receipt, and the receipt the outcome: "stored", "duplicate" or "replaced".
 
-        When this returns, file, name and receipt are on the disk. When it raises, the folder is as it was.
+        When this returns, file, name and receipt are on the disk. When it raises, the folder is as it was, as far as the disk
+        allows and nobody else was promised the file meanwhile.
         """
         target = self.folder / receipt["filename"]
         named, set_aside = False, list[Path]()

@@ -650,6 +650,7 @@ def test_the_readmes_token_file_is_one(make_app: MakeApp, tmp_path: Path) -> Non
     "content",
     [
         "",
+        "[tokens]",
         "EMC = " + "0" * 64,
         "[token]\nEMC = " + "0" * 64,
         "[tokens]\nEMC",
