@@ -21,6 +21,7 @@ from gunicorn.util import write_nonblock
 from gunicorn.workers.gthread import ThreadWorker
 
 import receiver
+import storage
 
 AT_ONCE = 0.02  # seconds within which a sender's next request comes, where it has one
 STALLED = 120  # seconds without a byte, in either direction, after which a connection is given up
@@ -140,9 +141,10 @@ def when_ready(server: Arbiter) -> None:
 def on_reload(server: Arbiter) -> None:
     """On SIGHUP: read the token file again, or go on with the old tokens where there is a mistake."""
     try:
+        server.app.callable.storage.free_space()  # else the new application would make a folder whose disk is not mounted
         server.app.callable = receiver.create_app()
-    except receiver.ConfigurationError as error:
-        server.log.error("the settings stay as they were: %s", error)
+    except (receiver.ConfigurationError, storage.StorageError) as error:
+        server.log.error("the tokens stay as they were: %s", error)
 
 
 def post_worker_init(worker: ThreadWorker) -> None:

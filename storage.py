@@ -35,6 +35,7 @@ INCOMING = ".incoming"
 REPLACED = ".replaced"
 REJECTED = ".rejected"
 RECEIPTS = ".receipts"
+SUBFOLDERS = (INCOMING, REPLACED, REJECTED, RECEIPTS)
 
 MAX_RUN = 2**31 - 1
 LAST_TIME_STAMP = 253402297199  # 9999-12-31 23:59:59 in Zurich: names have four digits for the year
@@ -317,11 +318,12 @@ class Storage:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in made:
             _sync_folder(path.parent)
+        self._disk = os.statvfs(self.folder).f_fsid
         self._make_subfolders()
         self.sweep()
 
     def _make_subfolders(self) -> None:
-        for name in (INCOMING, REPLACED, REJECTED, RECEIPTS):
+        for name in SUBFOLDERS:
             (self.folder / name).mkdir(exist_ok=True)
 
     # --- uploads -------------------------------------------------------------------------------------------------------
@@ -340,9 +342,11 @@ class Storage:
             raise NoRoom(f"There is no room for the file: {self.min_free_space} bytes of the disk are to stay free")
 
     def free_space(self) -> int:
-        """Return the bytes that are free on the folder's disk."""
+        """Return the bytes that are free on the folder's disk; raises Unavailable where that is not the one of the start."""
         with os_errors():
             disk = os.statvfs(self.folder)
+        if disk.f_fsid != self._disk:
+            raise Unavailable("The data folder cannot be used: its disk is not the one of the start; is it mounted?")
         return disk.f_bavail * disk.f_frsize
 
     def _create_incoming(self) -> tuple[Path, int]:
@@ -621,6 +625,9 @@ class Storage:
                 raise Unavailable("The data folder cannot be used: it does not give back what was written")
         finally:
             probe.discard()
+        for path in (self.folder, *map(self.folder.joinpath, SUBFOLDERS)):
+            if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+                raise Unavailable(f"The data folder cannot be used: {os.strerror(errno.EACCES)}")
 
     # --- accepted files ------------------------------------------------------------------------------------------------
 

@@ -821,6 +821,28 @@ def test_health_knows_a_folder_that_is_gone_or_no_folder(client: Client, folder:
     assert client.get(HEALTH).status_code == 200
 
 
+# Root may write everywhere: it is told so without its capabilities only.
+WITHOUT_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+ASK = """
+import receiver
+from werkzeug.test import Client
+print(Client(receiver.create_app()).get("/rest/api/health").text)
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+@pytest.mark.parametrize("name", ["", ".incoming", ".receipts", ".replaced", ".rejected"])
+def test_health_knows_a_folder_that_may_not_be_written(client: Client, folder: Path, name: str) -> None:
+    ask = [*(WITHOUT_CAPABILITIES if os.geteuid() == 0 else ()), sys.executable, "-c", ASK]
+    (folder / name).chmod(0o555)
+    try:
+        run = subprocess.run(ask, cwd=PROJECT, env={**os.environ, **settings(folder)}, capture_output=True, check=True)
+    finally:
+        (folder / name).chmod(0o755)
+    answer = json.loads(run.stdout)
+    assert (answer["status"], answer["message"]) == (503, "The data folder cannot be used: Permission denied")
+
+
 def test_health_knows_that_no_room_is_left(make_app: MakeApp) -> None:
     check_unhealthy(Client(make_app(min_free_space=str(10**17))), "no room")
 

@@ -100,6 +100,16 @@ def test_a_token_is_changed_without_a_gap(make_server: MakeServer, folder: Path,
     assert not [token for token in ("secret-old", "secret-new", "secret-hlt") if sha256(token) in log]
 
 
+def test_a_folder_that_is_gone_is_not_made_anew_at_hup(make_server: MakeServer, folder: Path) -> None:
+    server = make_server(*BOTH)
+    away = folder.rename(folder.with_name("away"))
+    hup(server)
+    assert post(server.port, ONE).status == 503
+    assert not folder.exists()
+    away.rename(folder)
+    assert post(server.port, ONE).status == 200
+
+
 def test_a_broken_token_file_at_hup_leaves_the_old_tokens_in_force(
     make_server: MakeServer, folder: Path, tmp_path: Path
 ) -> None:

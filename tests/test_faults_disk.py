@@ -217,6 +217,26 @@ def test_a_folder_that_is_gone_is_answered_503_and_resumes(
     assert visible(folder) == {NAME: HISTOGRAMS}
 
 
+def test_a_disk_that_is_no_longer_mounted_is_answered_503_and_nothing_goes_to_the_one_below(
+    make_tmpfs: MakeTmpfs, tmp_path: Path
+) -> None:
+    folder, elsewhere = make_tmpfs("size=1m"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    client = Client(receiver.create_app(settings(folder)))
+    assert send(client, HISTOGRAMS).status_code == 200
+    subprocess.run(["mount", "--bind", folder, elsewhere], check=True)
+    try:
+        subprocess.run(["umount", folder], check=True)
+        check_refused(send(client, GRAPHS), 503, folder)
+        assert client.get("/rest/api/health").status_code == 503
+        assert list(folder.iterdir()) == []
+        subprocess.run(["mount", "--bind", elsewhere, folder], check=True)
+        assert send(client, GRAPHS).status_code == 200
+        assert visible(folder) == visible(elsewhere) == {NAME: GRAPHS}
+    finally:
+        subprocess.run(["umount", elsewhere], check=True)
+
+
 def test_a_folder_that_goes_in_mid_upload_is_answered_503(client: Client, folder: Path) -> None:
     class Body(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
