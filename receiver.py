@@ -501,7 +501,7 @@ class Receiver:
         """GET /rest/api/runs: list the runs of which something has come."""
         response = answer_json({"runs": self.storage.runs()})
         response.add_etag()
-        return response.make_conditional(request)
+        return if_changed(request, response)
 
     def describe_run(self, request: AgentRequest, run: str) -> Response:
         """GET /rest/api/runs/<run>: say what has come, by agent."""
@@ -509,7 +509,7 @@ class Receiver:
         tag = self.storage.receipts_tag(number)
         response = Response(mimetype="application/json")
         response.set_etag(tag)
-        if response.make_conditional(request).status_code == 304:
+        if if_changed(request, response).status_code == 304:
             return response
         record = self.storage.run(number)
         with record.lock:
@@ -629,12 +629,12 @@ def send_file(request: AgentRequest, file: BinaryIO) -> Response:
     if parse_dict_header(request.headers.get("Want-Repr-Digest", "")).get("sha-256", "0") != "0":
         response.headers["Repr-Digest"] = f"sha-256=:{b64encode(sha256_of(file)).decode()}:"  # RFC 9530
     # Conditions come before ranges; what is no single range of bytes may be ignored (RFC 9110, 13.2.2 and 14.2).
-    environ = request.environ
-    if request.if_match.star_tag:  # which the file meets and Werkzeug does not know
-        environ = {name: value for name, value in environ.items() if name != "HTTP_IF_MATCH"}
+    environ = conditions(request)
     modified = is_resource_modified(environ, response.headers["ETag"], last_modified=response.last_modified)
     ranges = request.range if request.method == "GET" and modified else None
     single = ranges is not None and ranges.units == "bytes" and len(ranges.ranges) == 1
+    if request.headers.get("If-Range") not in (None, response.headers["ETag"]):
+        single = False  # a date does not tell files of one second apart (RFC 9110, 13.1.5)
     if ranges is not None and single and -(ranges.ranges[0][0] or 0) > status.st_size:
         single = False  # the last so many bytes, which are more than there are
     response.make_conditional(environ, accept_ranges=single, complete_length=status.st_size)
@@ -654,6 +654,20 @@ def send_file(request: AgentRequest, file: BinaryIO) -> Response:
         response.response = wrap_file(request.environ, file, _CHUNK)
     else:
         response.response = read_range(file, start, length)
+    return response
+
+
+def conditions(request: AgentRequest) -> WSGIEnvironment:
+    """Return the environment without the condition that everything here meets and Werkzeug does not know."""
+    star = request.if_match.star_tag
+    return {name: value for name, value in request.environ.items() if not (star and name == "HTTP_IF_MATCH")}
+
+
+def if_changed(request: AgentRequest, response: Response) -> Response:
+    """Return an answer with an ETag, or 304 where the sender has it; raises PreconditionFailed."""
+    response.make_conditional(conditions(request))
+    if response.status_code == 412:
+        raise PreconditionFailed("What is here is not what the condition names")
     return response
 
 

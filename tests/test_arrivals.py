@@ -403,6 +403,17 @@ def test_what_has_not_changed_is_a_304_for_pollers(
     assert client.open(path, method=method, headers={**AUTH, "If-None-Match": '"other"'}).status_code == 200
 
 
+@pytest.mark.parametrize("path", [RUNS, RUN])
+def test_if_match_is_honoured(client: Client, path: str) -> None:
+    send(client)
+    whole = client.get(path, headers=AUTH)
+    for condition in ("*", whole.headers["ETag"]):
+        assert client.get(path, headers={**AUTH, "If-Match": condition}).json == whole.json
+    refused = client.get(path, headers={**AUTH, "If-Match": '"other"'})
+    assert (refused.status_code, refused.content_type) == (412, "application/json")
+    assert refused.json is not None and refused.json["received"] is None
+
+
 def test_a_run_of_20000_receipts_is_answered_quickly_and_only_new_receipts_are_read(
     client: Client, folder: Path, parsed: list[bytes]
 ) -> None:
