@@ -184,11 +184,11 @@ class Body:
     def __init__(self, environ: WSGIEnvironment) -> None:
         self._stream = get_input_stream(environ)
         self._length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")) or 0
-        self._read = 0
+        self.received = 0  # bytes so far
 
     def read_form(self, size: int) -> bytes:
         """Like `read`, but the end comes apart: Werkzeug looks slowly through the piece with the last boundary in it."""
-        left = self._length - self._read
+        left = self._length - self.received
         piece = self.read(min(size, left - _FORM_END) if left > _FORM_END else size)
         # Of a piece that ends within the two dashes behind a boundary, Werkzeug takes the line break before it for content.
         return piece + self.read(1) if piece.endswith(b"-") else piece
@@ -198,9 +198,9 @@ class Body:
             piece = self._stream.read(size)
         except Exception as error:  # each server has its own for a connection that ends or stalls, or a malformed chunk
             raise Refusal("The body ended before it was complete, or was malformed", reason_class="broken") from error
-        self._read += len(piece)
-        if not piece and self._read < self._length:  # gunicorn has no error for this
-            message = f"The body ended after {self._read} of {self._length} bytes"
+        self.received += len(piece)
+        if not piece and self.received < self._length:  # gunicorn has no error for this
+            message = f"The body ended after {self.received} of {self._length} bytes"
             raise Refusal(message, reason_class="broken")
         return piece
 
@@ -420,7 +420,10 @@ class Receiver:
             body = cast(IO[bytes], SimpleNamespace(read=request.body.read_form))
             fields, files = parser.parse(body, boundary.encode("ascii"), request.content_length)
         except ValueError as error:
-            raise Refusal(f"The form is malformed: {error}", reason_class="form") from error
+            if not request.body.received:
+                raise Refusal(NO_FILE, reason_class="no file") from error
+            what = "the head of a part (a file name?) is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise Refusal(f"The form is malformed: {what}", reason_class="form") from error
         except RequestEntityTooLarge as error:
             limits = f"{_MAX_FORM_PARTS} parts or {_FORM_OVERHEAD} bytes of fields"
             raise Refusal(f"The form has more than {limits}", reason_class="form") from error

@@ -49,11 +49,12 @@ DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 30
 
 _ZONE = "Europe/Zurich"  # the names' time zone, whatever the host's
 _CHUNK = 1 << 20  # bytes read at once
-_ROOM_CHECK = 64 << 20  # bytes written between two looks at the free space
+_ROOM_CHECK = 1 << 20  # bytes written between two looks at the free space
 _SWEEP_INTERVAL = 600.0  # seconds
 _BOUND_AGE = 60.0  # seconds after which an upload that is about to take a name is not going to
 _FOREIGN_AGE = 3600.0  # seconds without a byte after which another host's upload may be taken for dead
 
+_NO_RECEIPT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # torn by a crash, or foreign
 _RECEIPTS_NAME = re.compile(r"(0|[1-9][0-9]{0,9})\.jsonl")
 _BOUND_FOR = ","  # between the name of an upload and the one it is about to take from another file
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
@@ -135,7 +136,7 @@ class Upload:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> int:
-        """Append bytes; raises FileTooLarge or NoRoom before the limits are passed."""
+        """Append bytes; raises FileTooLarge before that limit is passed, NoRoom a MiB behind the other at the latest."""
         size = self.size + len(data)
         if size > self._storage.max_file_size:
             raise FileTooLarge(self._storage.max_file_size)
@@ -281,9 +282,7 @@ class RunRecord:
                 file.seek(0)
             while (line := file.readline()).endswith(b"\n"):  # one that is being written is read the next time
                 self._read, self._last = self._read + len(line), line
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError, AttributeError
-                ):  # torn by a crash, or foreign
+                with contextlib.suppress(*_NO_RECEIPT):
                     self._add(json.loads(line))
 
     def _add(self, receipt: Mapping[str, Any]) -> None:
@@ -571,13 +570,14 @@ class Storage:
         return sorted(int(match[1]) for match in found if match)
 
     def run(self, run: int) -> RunRecord:
-        """Return what the receipts of a run say so far; raises NoSuchRun."""
+        """Return what the receipts of a run say so far; raises NoSuchRun or Unavailable."""
         record = self._runs.setdefault(run, RunRecord(self._receipts_path(run)))
-        try:
-            record.update()
-        except (FileNotFoundError, IsADirectoryError) as error:
-            self._runs.pop(run, None)
-            raise NoSuchRun(f"There is no run {run}") from error
+        with os_errors():
+            try:
+                record.update()
+            except (FileNotFoundError, IsADirectoryError) as error:
+                self._runs.pop(run, None)
+                raise NoSuchRun(f"There is no run {run}") from error
         return record
 
     def receipts_tag(self, run: int) -> str:
@@ -672,7 +672,7 @@ def _has_duplicate(receipts: int, start: int, receipt: Mapping[str, Any]) -> boo
     with open(receipts, "rb", closefd=False) as lines:
         lines.seek(start)
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(*_NO_RECEIPT):
                 other = json.loads(line)
                 same = all(other[key] == receipt[key] for key in ("filename", "sha256"))
                 if same and other["outcome"] == "duplicate":

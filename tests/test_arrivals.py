@@ -501,6 +501,7 @@ def test_without_a_hidden_folder_nothing_has_arrived(client: Client, folder: Pat
         line(agent="X", size=None),
         line(agent=["X"]),
         "5\n[]\nnull\n\n",
+        "[" * 100_000 + "\n",
     ],
 )
 def test_a_line_that_is_no_receipt_is_skipped_as_a_whole(client: Client, folder: Path, foreign: str) -> None:

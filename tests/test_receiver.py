@@ -402,6 +402,8 @@ BODIES: dict[str, tuple[bytes, str, str]] = {
     "no part": (b"--limit--\r\n", FORM, NO_FILE),
     "an empty file": (multipart(part(b"")), FORM, NO_FILE),
     "another part only": (multipart(part(PROFILES, "File")), FORM, NO_FILE),
+    "no bytes": (b"", FORM, NO_FILE),
+    "a file name not of UTF-8": (multipart(FILE).replace(b'name="file"', b'name="file\xe9"'), FORM, "not UTF-8"),
     "a field only": (multipart(part(b"x", "comment", None)), FORM, NO_FILE),
     "file as a field": (multipart(part(PROFILES, "file", None)), FORM, "file"),
     "file as a field and as a file": (multipart(part(b"x", "file", None), FILE), FORM, "file"),
