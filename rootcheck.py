@@ -33,7 +33,7 @@ MAX_KEYS = 200_000
 MAX_DIRECTORIES = 20_000
 MAX_DEPTH = 100
 MAX_KEY_LISTS = 16 << 20  # bytes of all key lists, which stay in memory
-MAX_NAMES = 8 << 20  # characters of the keys' names and of the objects' own, which go into the answer
+MAX_NAMES = 8 << 20  # characters of the keys' names and classes, and of the objects' own, which go into the answer
 MAX_RECORDS = 5_000_000
 MAX_BLOCKS = 20_000  # compressed, of all objects, not counting the first of each; writers fill 16 MiB before the next
 MAX_OBJECT_SIZE = 1 << 30  # bytes, inflated
@@ -44,6 +44,7 @@ MAX_XZ_MEMORY = 256 << 20  # bytes
 MAX_SECONDS = 30.0  # of processor time
 
 _WINDOW = 1 << 20  # bytes read at once
+_GLANCE = 1 << 14  # bytes read at once elsewhere than where the last ones end: directories lie far apart
 _PIECE = 1 << 18  # bytes inflated at once where that can be chosen
 _NAME_BYTES = 1 << 16  # bytes of an object searched for its name
 
@@ -88,8 +89,6 @@ def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
         if name not in newest or newest[name] < cycle:
             newest[name] = cycle
             objects[name] = RootObject(names.get(position, name), class_name)
-    if sum(map(len, objects)) > MAX_NAMES:
-        raise InvalidRootFile(f"keys with names of more than {MAX_NAMES} characters in all")
     return objects
 
 
@@ -127,9 +126,10 @@ class _File:
         """Return bytes of the file and where among them byte `start` is; at least `length` bytes follow it."""
         at = start - self._start
         if at < 0 or at + length > len(self._window):
+            most = _WINDOW if 0 <= at <= len(self._window) else _GLANCE
             self._window = b""  # let go of the old bytes before the new ones take their room
             # No more than there is: a buffer of 1 MiB that is not filled takes longer than a small file.
-            self._window = self.pread(start, max(length, min(_WINDOW, self.size - start)))
+            self._window = self.pread(start, max(length, min(most, self.size - start)))
             self._start, at = start, 0
             if len(self._window) < length:
                 raise InvalidRootFile(f"the file ends at byte {self.size}, {length} bytes were to be at byte {start}")
@@ -392,6 +392,7 @@ def _list_keys(
     at += 4
     directories = []
     top = None if directory.depth else tree.top
+    names_left = MAX_NAMES
     heads, unpack = tree.heads, _KEY.unpack_from
     data, shift = b"", 0
     # This loop and that of _walk_records take most of the time: they spell out the usual.
@@ -429,6 +430,9 @@ def _list_keys(
         heads[position] = head
         if top is not None:
             top[position] = name, cycle, class_name
+            names_left -= len(name) + len(class_name)
+            if names_left < 0:
+                raise InvalidRootFile(f"keys with names and classes of more than {MAX_NAMES} characters in all")
         if class_name in _DIRECTORY_CLASSES:
             fields, record_end = position + key_size, position + size
             directories.append(_Directory(position, fields, record_end, directory.position, directory.depth + 1))
@@ -465,13 +469,14 @@ def _walk_records(file: _File, header: _Header, tree: _Tree) -> dict[int, str]:
     names_left = MAX_NAMES
     position, end = header.begin, header.end
     data, shift = b"", 0
-    records = 0
+    records, unchecked = 0, position
     while position < end:
         records += 1
         if records > MAX_RECORDS:
             raise InvalidRootFile(f"more than {MAX_RECORDS} records")
-        if not records % 256:
+        if not records % 256 or position > unchecked + _WINDOW:
             file.check_time()
+            unchecked = position
         if position in holes:
             position = holes.pop(position)
             continue
@@ -596,11 +601,13 @@ def _read_free_list(file: _File, header: _Header, tree: _Tree) -> dict[int, int]
         before, (_, first, last) = last, form.unpack_from(data, offset)
         if not before < first <= last:
             raise InvalidRootFile(f"{what}: a segment from byte {first} to byte {last} behind byte {before}")
-        if first < header.end:
+        if last < header.end:
             holes[first] = last + 1
         at += form.size
-    # The last segment is the room behind the file, which grows in steps of 1 GB (TFree::GetBestFree).
-    if first != header.end or last % 1_000_000_000 or last < 2_000_000_000:
+    # The last segment is the room behind the file, which grows in steps of 1 GB (TFree::GetBestFree). ROOT's writer of
+    # files with nothing but an RNTuple forgets, beyond 2 GB, that its last key has become 8 bytes longer.
+    ends = (header.end,) if form is _FREE else (header.end, header.end - 8)
+    if first not in ends or last % 1_000_000_000 or last < 2_000_000_000:
         raise InvalidRootFile(f"{what}: the last one, {first} to {last}, is not the room behind byte {header.end}")
     older = file.pread(at, _FREE.size) if end - at == _FREE.size else b""
     # Where the list has become shorter, uproot may leave an older last segment behind it.
@@ -624,10 +631,14 @@ def _skip_zero_bytes(file: _File, start: int, end: int) -> int:
 
 
 def _skip_zeros(file: _File, position: int, end: int) -> int:
-    """Return the next record behind zeros between records, as go-hep and uproot leave them."""
-    first = _skip_zero_bytes(file, position, end)
+    """Return the next record behind the few zeros between records that go-hep and uproot leave.
+
+    Where a record would fit, one may have been: a disk that lost a sector gives zeros.
+    """
+    behind = position + _SHORTEST_KEY
+    first = _skip_zero_bytes(file, position, min(end, behind + 3))
     # Up to three of the zeros are the beginning of that record's length; its own position tells how many.
-    for start in range(max(position, first - 3), first + 1):
+    for start in range(max(position, first - 3), min(first + 1, behind)):
         if start == end:
             return end
         try:
@@ -635,7 +646,7 @@ def _skip_zeros(file: _File, position: int, end: int) -> int:
                 return start
         except InvalidRootFile:
             pass
-    raise InvalidRootFile(f"zeros from byte {position} on, and no record behind them at byte {first}")
+    raise InvalidRootFile(f"zeros from byte {position} on, and no record within {_SHORTEST_KEY} bytes")
 
 
 # --- payloads ----------------------------------------------------------------------------------------------------------
@@ -644,6 +655,7 @@ def _skip_zeros(file: _File, position: int, end: int) -> int:
 # third of the three bytes is read apart.
 _BLOCK = struct.Struct("<3sHBHB")
 _CHECKSUM = struct.Struct(">I")  # Adler-32, with which a zlib stream ends
+_XZ_END = 64  # bytes in which the end of a block, its CRC, an index of one block and the end of the stream fit
 
 
 def _check_usual(data: bytes, at: int, stored: int, size: int) -> _Bytes | None:
@@ -686,6 +698,7 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> _Bytes:
         position += _BLOCK.size
         at += _BLOCK.size
         inflate = _INFLATE.get(kind)
+        file.check_time()
         if inflate is None:
             raise InvalidRootFile(f"compressed in an unknown way ({kind!r}), or {stored} bytes where {size} belong")
         if block_stored > room:
@@ -711,7 +724,6 @@ def _check_payload(file: _File, start: int, stored: int, size: int) -> _Bytes:
         position += block_stored
         left -= block_size
         if left:
-            file.check_time()
             file.blocks_left -= 1
             if file.blocks_left < 0:
                 raise InvalidRootFile(f"more than {MAX_BLOCKS} compressed blocks behind the first of an object")
@@ -731,7 +743,29 @@ def _inflate_zlib(stored: memoryview, size: int) -> _Bytes:
     return inflated
 
 
+def _check_xz(stored: memoryview) -> None:
+    """Raise LZMAError unless XZ has one block, with one filter and a CRC, as all writers make it.
+
+    A million empty blocks, more filters or SHA-256 would take many times as long. The format:
+    https://tukaani.org/xz/xz-file-format.txt, sections 2.1.1 and 3.1; lzma2_decoder.c of XZ Utils for the chunks.
+    """
+    try:
+        if stored[7] not in (lzma.CHECK_CRC32, lzma.CHECK_CRC64) or stored[13] & 3:
+            raise lzma.LZMAError("an unusual check, or several filters")
+        at = 12 + 4 * (stored[12] + 1)
+        while control := stored[at]:
+            if control < 0x80:  # not compressed
+                at += 4 + (stored[at + 1] << 8 | stored[at + 2])
+            else:
+                at += 6 + (stored[at + 3] << 8 | stored[at + 4]) + (control >= 0xC0)
+    except IndexError:
+        raise lzma.LZMAError("cut short") from None
+    if len(stored) - at > _XZ_END:
+        raise lzma.LZMAError("several blocks")
+
+
 def _inflate_xz(stored: memoryview, size: int) -> _Bytes:
+    _check_xz(stored)
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
     first = piece = decoder.decompress(stored, max_length=_PIECE)
     inflated = len(first)

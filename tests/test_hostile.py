@@ -125,14 +125,6 @@ def zlib_bomb(size: int) -> bytes:
 
 def xz_bomb(size: int) -> bytes:
     """Return an XZ stream of zeros: one block of 16 MiB again and again, and the index that tells so."""
-
-    def number(value: int) -> bytes:
-        out = bytearray()
-        while value >= 0x80:
-            out.append(value & 0x7F | 0x80)
-            value >>= 7
-        return bytes([*out, value])
-
     one = lzma.compress(bytes(1 << 24), check=lzma.CHECK_CRC32, preset=1)
     index_size = int.from_bytes(one[-8:-4], "little") * 4 + 4
     piece = one[12 : -12 - index_size]
@@ -141,11 +133,33 @@ def xz_bomb(size: int) -> bytes:
     count = next(at for at in range(1, 12) if entry[at - 1] < 0x80)
     count += next(at for at in range(1, 12) if entry[count + at - 1] < 0x80)
     blocks = size >> 24
-    index = b"\0" + number(blocks) + entry[:count] * blocks
+    return one[:12] + piece * blocks + end_of_xz(blocks, entry[:count] * blocks)
+
+
+def end_of_xz(blocks: int, entries: bytes) -> bytes:
+    """Return the index and the last bytes of an XZ stream whose blocks have a CRC32."""
+    index = bytearray(b"\0")
+    while blocks >= 0x80:
+        index.append(blocks & 0x7F | 0x80)
+        blocks >>= 7
+    index += bytes([blocks]) + entries
     index += bytes(-len(index) % 4)
     index += struct.pack("<I", zlib.crc32(index))
-    end = struct.pack("<I", len(index) // 4 - 1) + one[6:8]
-    return one[:12] + piece * blocks + index + struct.pack("<I", zlib.crc32(end)) + end + b"YZ"
+    end = struct.pack("<IBB", len(index) // 4 - 1, 0, lzma.CHECK_CRC32)
+    return bytes(index) + struct.pack("<I", zlib.crc32(end)) + end + b"YZ"
+
+
+def xz_of_empty_blocks(number: int) -> bytes:
+    """Return an XZ stream of the byte `a`, before which come empty blocks; each has another dictionary than the last."""
+    blocks = []
+    for content, dictionary in ((b"", 30), (b"", 31), (b"a", 30)):
+        head = bytes([2, 0, 0x21, 1, dictionary, 0, 0, 0])
+        chunks = (b"\1\0\0a" if content else b"") + b"\0"
+        crcs = [struct.pack("<I", zlib.crc32(data)) for data in (head, content)]
+        blocks.append(head + crcs[0] + chunks + bytes(-len(chunks) % 4) + crcs[1])
+    start = lzma.compress(b"", check=lzma.CHECK_CRC32)[:12]
+    entries = bytes([17, 0]) * 2 * number + bytes([21, 1])
+    return start + (blocks[0] + blocks[1]) * number + blocks[2] + end_of_xz(2 * number + 1, entries)
 
 
 def lz4_bomb(size: int) -> bytes:
@@ -246,6 +260,20 @@ def test_xz_blocks_with_the_largest_dictionary_allowed(check: Callable[..., Answ
     stored[20:24] = struct.pack("<I", zlib.crc32(stored[12:20]))
     one = block(b"XZ", 0, bytes(stored), BLOCK)
     assert check(one_object(one * 4, BLOCK * 4, b"TH1F")).reason is None
+
+
+def test_xz_of_hundreds_of_thousands_of_empty_blocks(check: Callable[..., Answer]) -> None:
+    assert lzma.decompress(xz_of_empty_blocks(10)) == b"a"
+    answer = check(one_object(block(b"XZ", 0, xz_of_empty_blocks(350_000), 1), 1, b"TH1F"))
+    assert answer.reason and "XZ" in answer.reason
+
+
+@pytest.mark.parametrize("more", [{"id": lzma.FILTER_DELTA, "dist": 1}, {"id": lzma.FILTER_X86}], ids=["delta", "x86"])
+def test_xz_with_more_filters_and_sha256(more: dict[str, int], check: Callable[..., Answer]) -> None:
+    last = {"id": lzma.FILTER_LZMA2, "preset": 0, "nice_len": 2, "mf": lzma.MF_BT2, "mode": lzma.MODE_FAST}
+    stored = lzma.compress(bytes(BLOCK), check=lzma.CHECK_SHA256, filters=[more] * 3 + [last])
+    answer = check(one_object(block(b"XZ", 0, stored, BLOCK) * 31, BLOCK * 31, b"TH1F"))
+    assert answer.reason and "XZ" in answer.reason
 
 
 @pytest.mark.parametrize("window", [0x88, 0xA8, 0xF8])  # 128 MiB, 2 GiB, 2 TiB
@@ -357,6 +385,21 @@ def test_class_name_of_60_kilobytes(check: Callable[..., Answer]) -> None:
     assert "impossible lengths" in str(check(file.close()).reason)
 
 
+@pytest.mark.parametrize("end", ["", "\N{GRINNING FACE}"], ids=["narrow", "wide"])
+@pytest.mark.parametrize("letter", [b"a", b"\xff"], ids=["valid", "undecodable"])
+@pytest.mark.parametrize("what", ["class", "name"])
+def test_key_lists_full_of_names(what: str, letter: bytes, end: str, check: Callable[..., Answer]) -> None:
+    file = File()
+    for number in range(500):
+        long = letter * 32_600 + end.encode()
+        if what == "class":
+            file.add(b"T" + long, b"h%d" % number)
+        else:
+            file.add(b"T", b"h%d" % number + long)
+    answer = check(file.close())
+    assert answer.reason and "names" in answer.reason
+
+
 def test_class_names_of_32_kilobytes(check: Callable[..., Answer]) -> None:
     file = File()
     for number in range(1000):
@@ -411,4 +454,4 @@ def test_hundreds_of_megabytes_of_zeros_between_records(check: Callable[..., Ans
     file = File()
     file.data += bytes(200 << 20)
     file.add(b"TNamed", b"h", tnamed(b"h"))
-    assert check(file.close()).reason is None
+    assert "zeros from byte" in str(check(file.close()).reason)

@@ -832,22 +832,41 @@ def test_gap_over_the_beginning_of_a_record(refuse: Refuse) -> None:
     refuse(with_hole(struct.pack(">i", -30), free_list=False), "")
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 1000, 3_000_000])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 28])
 def test_zeros_between_records_of_go_hep(number: int, check: Check) -> None:
     assert "later" in check(with_hole(bytes(number)))
 
 
-def test_zeros_up_to_the_end(check: Check) -> None:
+@pytest.mark.parametrize("number", [29, 30, 512, 3_000_000])
+def test_as_many_zeros_as_a_record_has(number: int, refuse: Refuse) -> None:
+    refuse(with_hole(bytes(number)), "zeros from byte 400 on, and no record within 29 bytes")
+
+
+def test_zeros_over_whole_baskets(check: Check, refuse: Refuse) -> None:
+    """As a disk leaves them that was to write a sector: of what is not compressed, nothing else tells."""
+    file = small_file()
+    baskets = [file.basket(b"1234567890", 10) for _ in range(5)]
+    content = file.close()
+    check(content)
+    start, end = baskets[1].position - 4, baskets[4].position
+    refuse(content[:start] + bytes(end - start) + content[end:], f"zeros from byte {baskets[1].position} on")
+
+
+@pytest.mark.parametrize("number", [28, 29])
+def test_zeros_up_to_the_end(number: int, check: Check, refuse: Refuse) -> None:
     file = small_file()
     content = file.close()
-    end = len(content) + 50
+    end = len(content) + number
     last = len(content) - 8  # fFirst of the last free segment
-    content = put(put(content, 12, ">i", end), last, ">i", end)
-    assert list(check(content + bytes(50))) == ["h", "d"]
+    content = put(put(content, 12, ">i", end), last, ">i", end) + bytes(number)
+    if number < 29:
+        assert list(check(content)) == ["h", "d"]
+    else:
+        refuse(content, "zeros from byte")
 
 
 def test_zeros_and_then_no_record(refuse: Refuse) -> None:
-    refuse(with_hole(bytes(10) + b"\x55" * 10), "and no record behind them")
+    refuse(with_hole(bytes(10) + b"\x55" * 10), "and no record within 29 bytes")
 
 
 def test_record_in_no_key_list_is_checked(check: Check, refuse: Refuse) -> None:
@@ -1142,11 +1161,12 @@ def test_limit_of_directories(monkeypatch: pytest.MonkeyPatch, check: Check, ref
 
 
 def test_limit_of_the_names_of_keys(monkeypatch: pytest.MonkeyPatch, check: Check, refuse: Refuse) -> None:
-    content = small_file().close()  # h, d
-    monkeypatch.setattr(rootcheck, "MAX_NAMES", 2)
+    content = small_file().close()
+    most = len("h" + "TNamed" + "d" + "TDirectory")
+    monkeypatch.setattr(rootcheck, "MAX_NAMES", most)
     check(content)
-    monkeypatch.setattr(rootcheck, "MAX_NAMES", 1)
-    refuse(content, "keys with names of more than 1 characters in all")
+    monkeypatch.setattr(rootcheck, "MAX_NAMES", most - 1)
+    refuse(content, f"keys with names and classes of more than {most - 1} characters in all")
 
 
 def test_limit_of_the_names_of_objects(monkeypatch: pytest.MonkeyPatch, check: Check, refuse: Refuse) -> None:

@@ -242,7 +242,7 @@ def _record(position: int, directory: int, payload: int, *texts: bytes, wide: bo
     return _key(key_size + payload, wide, position, directory, *texts, key_size=key_size, objects=payload)
 
 
-def _write_sparse(path: Path, objects: int, size: int) -> None:
+def _write_sparse(path: Path, objects: int, size: int, early: int = 0) -> None:
     """Write a file as ROOT does beyond 2 GB, of zeros mainly, which take no room on the disk."""
     begin, texts = 100, (b"TFile", b"big.root", b"")
     name = b"\x08big.root\x00"
@@ -266,7 +266,7 @@ def _write_sparse(path: Path, objects: int, size: int) -> None:
         free = _record(free_at, begin, 18, *texts)
         end = free_at + len(free) + 18
         last = max(BIG, -(-end // GIGABYTE) * GIGABYTE)
-        file.write(key_list + content + free + struct.pack(">hqq", 1001, end, last))
+        file.write(key_list + content + free + struct.pack(">hqq", 1001, end - early, last))
         sizes = len(free) + 18, 1, len(first) + len(name), 8, 0, info_at, len(info) + 21
         file.seek(0)
         file.write(struct.pack(">4siiqqiiiBiqiH", b"root", 1064000, begin, end, free_at, *sizes, 1))
@@ -281,6 +281,16 @@ def test_sparse_file_beyond_2_gb(tmp_path: Path) -> None:
     _write_sparse(path, objects=6, size=400_000_000)
     assert path.stat().st_size > BIG
     assert list(check_root_file(path)) == ["h0", "h1", "h2", "h3", "h4", "h5"]
+
+
+def test_free_segment_behind_an_rntuple_beyond_2_gb(tmp_path: Path) -> None:
+    """ROOT 6.40 says that the room behind the file begins 8 bytes before its end."""
+    path = tmp_path / "big.root"
+    _write_sparse(path, objects=6, size=400_000_000, early=8)
+    assert len(check_root_file(path)) == 6
+    _write_sparse(path, objects=6, size=400_000_000, early=16)
+    with pytest.raises(InvalidRootFile, match="is not the room behind byte"):
+        check_root_file(path)
 
 
 def test_sparse_file_of_the_same_kind_below_2_gb(tmp_path: Path) -> None:
