@@ -141,9 +141,9 @@ def when_ready(server: Arbiter) -> None:
 def on_reload(server: Arbiter) -> None:
     """On SIGHUP: read the token file again, or go on with the old tokens where there is a mistake."""
     try:
-        server.app.callable.storage.free_space()  # else the new application would make a folder whose disk is not mounted
+        server.app.callable.storage.check_disk()  # else the new application would make a folder whose disk is not mounted
         server.app.callable = receiver.create_app()
-    except (receiver.ConfigurationError, storage.StorageError) as error:
+    except (receiver.ConfigurationError, storage.StorageError, OSError) as error:
         server.log.error("the tokens stay as they were: %s", error)
 
 

@@ -408,8 +408,8 @@ class Receiver:
     def take_in_form(self, request: AgentRequest, begin: Callable[..., Any]) -> storage.Upload:
         """Have the parts of a form written to uploads and return that of the part `file`."""
         boundary = request.mimetype_params.get("boundary", "")
-        if not boundary:
-            raise Refusal("The form is malformed: it has no boundary", reason_class="form")
+        if not boundary or not boundary.isascii():
+            raise Refusal("The form is malformed: it has no boundary of ASCII", reason_class="form")
         parser = MultiPartParser(
             stream_factory=begin,
             max_form_memory_size=_FORM_OVERHEAD,
@@ -418,7 +418,7 @@ class Receiver:
         )
         try:
             body = cast(IO[bytes], SimpleNamespace(read=request.body.read_form))
-            fields, files = parser.parse(body, boundary.encode("ascii"), request.content_length)
+            fields, files = parser.parse(body, boundary.encode(), request.content_length)
         except ValueError as error:
             if not request.body.received:
                 raise Refusal(NO_FILE, reason_class="no file") from error
@@ -469,6 +469,7 @@ class Receiver:
             receipt["reason"] = repr(error)
         if receipt["outcome"] == "rejected":
             try:
+                self.storage.check_disk()
                 self.storage.append_receipt(receipt, began)
             except (OSError, storage.StorageError):
                 logger.exception("a rejected upload could not be noted in the receipts")

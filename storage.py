@@ -90,7 +90,8 @@ class NoSuchRun(StorageError):
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
-_UNAVAILABLE = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EHOSTDOWN}
+_UNAVAILABLE = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+_UNAVAILABLE |= {errno.ESTALE, errno.EHOSTDOWN, errno.ENOTCONN}  # of NFS and FUSE
 
 
 @contextlib.contextmanager
@@ -341,12 +342,17 @@ class Storage:
             raise NoRoom(f"There is no room for the file: {self.min_free_space} bytes of the disk are to stay free")
 
     def free_space(self) -> int:
-        """Return the bytes that are free on the folder's disk; raises Unavailable where that is not the one of the start."""
+        """Return the bytes that are free on the folder's disk."""
+        disk = self.check_disk()
+        return disk.f_bavail * disk.f_frsize
+
+    def check_disk(self) -> os.statvfs_result:
+        """Return the state of the disk; raises Unavailable without the folder, or if its disk is not the one of the start."""
         with os_errors():
-            disk = os.statvfs(self.folder)
+            disk = os.statvfs(f"{self.folder}/.")
         if disk.f_fsid != self._disk:
             raise Unavailable("The data folder cannot be used: its disk is not the one of the start; is it mounted?")
-        return disk.f_bavail * disk.f_frsize
+        return disk
 
     def _create_incoming(self) -> tuple[Path, int]:
         while True:
@@ -588,7 +594,7 @@ class Storage:
                 with open(self._receipts_path(run), "rb") as file:
                     status = os.fstat(file.fileno())
             except (FileNotFoundError, IsADirectoryError) as error:
-                os.stat(self.folder)  # without it, nobody knows
+                self.check_disk()  # without it, nobody knows
                 raise NoSuchRun(f"There is no run {run}") from error
         return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
@@ -613,7 +619,7 @@ class Storage:
                 with os.scandir(self.folder / subfolder) as entries:
                     return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
             except FileNotFoundError:
-                os.stat(self.folder)
+                self.check_disk()
                 return []
 
     def check_health(self) -> None:
@@ -634,6 +640,7 @@ class Storage:
     def names(self, wanted: Callable[[str, int], bool] = lambda agent, run: True) -> list[str]:
         """Return the names of the accepted files whose agent (as in names) and run are wanted, sorted."""
         names = []
+        self.check_disk()
         with os_errors(), os.scandir(self.folder) as entries:
             for entry in entries:
                 match = _NAME.fullmatch(entry.name)
@@ -652,7 +659,7 @@ class Storage:
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno not in _NO_FILE:
                     raise
-                os.stat(f"{self.folder}/.")  # without the folder, nobody knows
+                self.check_disk()  # without it, nobody knows
                 raise NoSuchFile(f"There is no file {name!r}") from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)

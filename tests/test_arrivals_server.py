@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from conftest import FILES, HEADERS, TOKEN, Server, post, receipts, wait_until
+from conftest import FILES, HEADERS, PROJECT, TOKEN, Server, post, receipts, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from rootfiles import one_object, tnamed
 
@@ -107,6 +107,29 @@ def test_a_folder_that_is_gone_is_not_made_anew_at_hup(make_server: MakeServer, 
     assert post(server.port, ONE).status == 503
     assert not folder.exists()
     away.rename(folder)
+    assert post(server.port, ONE).status == 200
+
+
+def test_a_disk_that_does_not_answer_at_hup_ends_nothing(make_server: MakeServer, tmp_path: Path) -> None:
+    """As that of a FUSE file system whose process has died."""
+    broken, configuration = tmp_path / "broken", tmp_path / "gunicorn.conf.py"
+    configuration.write_text(
+        (PROJECT / "gunicorn.conf.py").read_text()
+        + f"""
+genuine = os.statvfs
+
+def statvfs(path):
+    if os.path.exists({str(broken)!r}):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return genuine(path)
+
+os.statvfs = statvfs
+"""
+    )
+    server = make_server(*BOTH, "--config", str(configuration))
+    broken.touch()
+    hup(server)
+    broken.unlink()
     assert post(server.port, ONE).status == 200
 
 

@@ -222,13 +222,15 @@ def test_a_disk_that_is_no_longer_mounted_is_answered_503_and_nothing_goes_to_th
 ) -> None:
     folder, elsewhere = make_tmpfs("size=1m"), tmp_path / "elsewhere"
     elsewhere.mkdir()
-    client = Client(receiver.create_app(settings(folder)))
+    client = Client(receiver.create_app(settings(folder, max_file_size="10000")))
     assert send(client, HISTOGRAMS).status_code == 200
     subprocess.run(["mount", "--bind", folder, elsewhere], check=True)
     try:
         subprocess.run(["umount", folder], check=True)
         check_refused(send(client, GRAPHS), 503, folder)
-        assert client.get("/rest/api/health").status_code == 503
+        check_refused(send(client, bytes(10_001)), 413, folder)  # without a receipt
+        for path in (FILES, f"{FILES}/{NAME}", "/rest/api/runs", "/rest/api/runs/123", "/rest/api/health", "/metrics"):
+            check_refused(client.get(path, headers=HEADERS), 503, folder)
         assert list(folder.iterdir()) == []
         subprocess.run(["mount", "--bind", elsewhere, folder], check=True)
         assert send(client, GRAPHS).status_code == 200

@@ -413,6 +413,7 @@ BODIES: dict[str, tuple[bytes, str, str]] = {
     "a field of 2 MB": (multipart(part(bytes(2 << 20), "comment", None), FILE), FORM, "1048576 bytes"),
     "no boundary": (multipart(FILE), "multipart/form-data", "malformed"),
     "an empty boundary": (multipart(FILE), "multipart/form-data; boundary=", "malformed"),
+    "a boundary that is encoded": (multipart(FILE), "multipart/form-data; boundary*=utf-8''%C3%A9", "malformed"),
     "another boundary": (multipart(FILE), "multipart/form-data; boundary=other", "malformed"),
     "a boundary not of ASCII": (multipart(FILE), "multipart/form-data; boundary=\xe9", "malformed"),
     "cut in the first line": (b"--lim", FORM, "malformed"),

@@ -257,7 +257,7 @@ def test_a_connection_that_never_rests_leaves_others_their_turn(make_server: Cal
         reading.result(60)
 
 
-def test_more_connections_than_files_may_be_open_end_no_worker_and_no_upload(
+def test_more_connections_than_files_may_be_open_end_no_worker(
     make_server: Callable[..., Server], folder: Path
 ) -> None:
     server = make_server("--workers", "1")
