@@ -49,7 +49,7 @@ DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 30
 
 _ZONE = "Europe/Zurich"  # the names' time zone, whatever the host's
 _CHUNK = 1 << 20  # bytes read at once
-_ROOM_CHECK = 1 << 20  # bytes written between two looks at the free space
+_ROOM_CHECK = 8 << 20  # bytes written between two looks at the free space
 _SWEEP_INTERVAL = 600.0  # seconds
 _BOUND_AGE = 60.0  # seconds after which an upload that is about to take a name is not going to
 _FOREIGN_AGE = 3600.0  # seconds without a byte after which another host's upload may be taken for dead
@@ -137,7 +137,7 @@ class Upload:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> int:
-        """Append bytes; raises FileTooLarge before that limit is passed, NoRoom a MiB behind the other at the latest."""
+        """Append bytes; raises FileTooLarge before that limit is passed, NoRoom 8 MiB behind the other at the latest."""
         size = self.size + len(data)
         if size > self._storage.max_file_size:
             raise FileTooLarge(self._storage.max_file_size)
