@@ -469,7 +469,7 @@ class Receiver:
             receipt["reason"] = repr(error)
         if receipt["outcome"] == "rejected":
             try:
-                self.storage.check_disk()
+                self.storage.check_disk()  # which an upload that was refused before it began has not met
                 self.storage.append_receipt(receipt, began)
             except (OSError, storage.StorageError):
                 logger.exception("a rejected upload could not be noted in the receipts")
@@ -663,8 +663,9 @@ def send_file(request: AgentRequest, file: BinaryIO) -> Response:
 
 def conditions(request: AgentRequest) -> WSGIEnvironment:
     """Return the environment without the condition that everything here meets and Werkzeug does not know."""
-    star = request.if_match.star_tag
-    return {name: value for name, value in request.environ.items() if not (star and name == "HTTP_IF_MATCH")}
+    if not request.if_match.star_tag:
+        return request.environ
+    return {name: value for name, value in request.environ.items() if name != "HTTP_IF_MATCH"}
 
 
 def if_changed(request: AgentRequest, response: Response) -> Response:

@@ -594,7 +594,7 @@ class Storage:
                 with open(self._receipts_path(run), "rb") as file:
                     status = os.fstat(file.fileno())
             except (FileNotFoundError, IsADirectoryError) as error:
-                self.check_disk()  # without it, nobody knows
+                self.check_disk()  # without the disk, nobody knows
                 raise NoSuchRun(f"There is no run {run}") from error
         return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
@@ -659,7 +659,7 @@ class Storage:
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno not in _NO_FILE:
                     raise
-                self.check_disk()  # without it, nobody knows
+                self.check_disk()  # without the disk, nobody knows
                 raise NoSuchFile(f"There is no file {name!r}") from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)

@@ -48,10 +48,13 @@ _TEMPORARY = (".tmp", ".part", ".partial", ".swp", "~")
 
 # 400s that are no verdict on the file: the token or the URL is wrong (gunicorn's and nginx's words); other bytes arrived
 # than were sent.
-_TOKEN_MESSAGES = ("Must pass a token!", "Received token, but it is invalid!")
-_URL_MESSAGES = ("The request is not HTTP", "Bad request: not understood by the proxy")
+_MISCONFIGURED = (
+    "Must pass a token!",
+    "Received token, but it is invalid!",
+    "The request is not HTTP",
+    "Bad request: not understood by the proxy",
+)
 _DAMAGED_ON_THE_WAY = ("The header sha256 differs", "The body ended")
-_NO_VERDICT = _TOKEN_MESSAGES + _URL_MESSAGES + _DAMAGED_ON_THE_WAY
 
 
 class Upload(NamedTuple):
@@ -253,7 +256,7 @@ def judge(status: int, body: bytes, size: int, sha256: str, whole: bool) -> Resu
             outcome = next((name for name in ("duplicate", "replaced") if answer.get(name) is True), "stored")
             return Result(outcome, text, status, answer["filename"])
         text = "HTTP 200, but for other bytes than were sent"
-    elif status == 413 or (status == 400 and ours and not text.startswith(_NO_VERDICT)):
+    elif status == 413 or (status == 400 and ours and not text.startswith(_MISCONFIGURED + _DAMAGED_ON_THE_WAY)):
         reason = answer.get("reason") if ours else None
         return Result("refused", text, status, reason=reason if isinstance(reason, str) else None)
     elif status in (404, 405) or (status == 400 and not text.startswith(_DAMAGED_ON_THE_WAY)):
