@@ -192,12 +192,12 @@ class Upload:
         self.path = path
 
     def finish(self) -> None:
-        """Leave `.incoming/`; the file lives on under its name."""
+        """Leave `.incoming/`; the file lives on under its name, and open, so that no other is given its inode meanwhile."""
         os.unlink(self.path)
-        self.close()
+        os.close(os.dup(self._fd))  # NFS and FUSE tell at every close what they could not write
 
     def discard(self) -> None:
-        """Remove the upload if it is still in `.incoming/`."""
+        """Close the upload, and remove it if it is still in `.incoming/`."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
@@ -399,7 +399,11 @@ class Storage:
                     if self.append_receipt(receipt, began, partial(_is_at, target, twin)):
                         return
         except BaseException:
-            upload.discard()
+            if named:
+                with contextlib.suppress(OSError):
+                    upload.finish()
+            else:
+                upload.discard()
             self._withdraw(upload, target, named, set_aside, receipt, noted)
             raise
 
@@ -449,18 +453,44 @@ class Storage:
                         receipts = stack.enter_context(self._open_receipts(receipt["run"]))
                         if _has_duplicate(receipts, noted, receipt):  # whose sender was promised this very file
                             return
-                    taken = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(target, taken)
-                        if not upload.is_file(os.lstat(taken)):
-                            os.link(taken, target)
-                        os.unlink(taken)
-                for aside in set_aside[-1:]:
-                    os.link(aside, target)
-                    os.unlink(aside)
+                before = next(filter(os.path.lexists, reversed(set_aside)), None)  # others may have been withdrawn, too
+                if named and not self._take_name(upload, target) and self._take_from_replaced(upload, target, before):
+                    before = None
+                if before:
+                    with contextlib.suppress(FileExistsError):  # a later upload has the name
+                        os.link(before, target)
+                        os.unlink(before)
                 _sync_folder(self.folder)
         except OSError:
             logger.exception("the upload of %s failed and could not be undone altogether", target.name)
+
+    def _take_name(self, upload: Upload, target: Path) -> bool:
+        """Take the name from an upload that failed, and from no other; return whether it had it."""
+        with contextlib.suppress(FileNotFoundError):
+            if upload.is_file(os.lstat(target)):
+                taken = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
+                os.rename(target, taken)
+                mine = upload.is_file(os.lstat(taken))
+                if not mine:
+                    os.link(taken, target)
+                os.unlink(taken)
+                return mine
+        return False
+
+    def _take_from_replaced(self, upload: Upload, target: Path, before: Path | None) -> bool:
+        """Take an upload that failed out of `.replaced/`, where a later one has set it aside; return whether it was there.
+
+        Should that one fail as well, it finds in its place what had the name before both.
+        """
+        for path in (self.folder / REPLACED).glob(f"{target.name}.*"):
+            with contextlib.suppress(FileNotFoundError):
+                if upload.is_file(os.lstat(path)):
+                    if before:
+                        os.rename(before, path)
+                    else:
+                        os.unlink(path)
+                    return True
+        return False
 
     def reject(self, upload: Upload, name: str) -> None:
         """Keep an invalid upload in `.rejected/` for a look, the newest of them within the bound."""
@@ -668,9 +698,10 @@ class Storage:
 
 
 def _is_at(path: Path, status: os.stat_result) -> bool:
-    """Whether a path still leads to the file with this status."""
+    """Whether a path still leads to the file with this status, and not to one that was given its inode."""
     with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.lstat(path), status)
+        now = os.lstat(path)
+        return os.path.samestat(now, status) and now.st_mtime_ns == status.st_mtime_ns
     return False
 
 

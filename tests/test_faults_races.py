@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
 import json
 import random
 import socket
@@ -390,3 +391,67 @@ def test_an_upload_that_fails_at_its_receipt_brings_back_nothing_that_was_taken_
     while_another_fails_at_its_receipt(make_app(), monkeypatch, HISTOGRAMS, take_away)
     assert visible(folder) == {}
     assert incoming(folder) == 0
+
+
+@pytest.mark.parametrize("before", [None, PROFILES], ids=["a free name", "a taken name"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_that_both_fail_at_their_receipts_neither_is_visible_and_what_was_there_is(
+    make_app: Callable[..., receiver.Receiver],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: bytes | None,
+    first: int,
+) -> None:
+    client = Client(make_app())
+    if before:
+        assert client.post(FILES, headers=HEADERS, data=before).status_code == 200
+    named = threading.Semaphore(0)
+    may_fail = [threading.Event(), threading.Event()]
+    numbers = itertools.count()
+
+    def failing(*_: object, **__: object) -> None:
+        number = next(numbers)
+        named.release()
+        assert may_fail[number].wait(20)
+        raise storage.NoRoom("There is no room for the receipt")
+
+    monkeypatch.setattr(storage.Storage, "append_receipt", failing)
+    with ThreadPoolExecutor(2) as pool:
+        answers = []
+        for body in (HISTOGRAMS, GRAPHS):
+            answers.append(pool.submit(client.post, FILES, headers=HEADERS, data=body))
+            assert named.acquire(timeout=20)
+        for number in (first, 1 - first):
+            may_fail[number].set()
+            assert answers[number].result().status_code == 507
+    assert visible(folder) == ({NAME: before} if before else {})
+    assert list((folder / ".replaced").iterdir()) == []
+
+
+def test_an_upload_that_fails_at_its_receipt_knows_itself_from_one_that_was_given_its_inode(
+    make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_away_and_send(client: Client) -> None:
+        (folder / NAME).unlink()  # its inode is free now, and ext4 gives the next file the lowest that is
+        assert client.post(FILES, headers=HEADERS, data=PROFILES).status_code == 200
+
+    while_another_fails_at_its_receipt(make_app(), monkeypatch, HISTOGRAMS, take_away_and_send)
+    assert visible(folder) == {NAME: PROFILES}
+
+
+def test_a_duplicate_knows_the_file_it_was_compared_with_from_one_that_was_given_its_inode(
+    make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(make_app())
+    assert client.post(FILES, headers=HEADERS, data=HISTOGRAMS).status_code == 200
+    append = storage.Storage.append_receipt
+
+    def after_a_rival(*arguments: Any, **more: Any) -> bool:
+        monkeypatch.setattr(storage.Storage, "append_receipt", append)
+        (folder / NAME).unlink()  # as where its own receipt fails
+        assert client.post(FILES, headers=HEADERS, data=PROFILES).status_code == 200
+        return append(*arguments, **more)
+
+    monkeypatch.setattr(storage.Storage, "append_receipt", after_a_rival)
+    assert (client.post(FILES, headers=HEADERS, data=HISTOGRAMS).json or {}).get("replaced") is True
+    assert visible(folder) == {NAME: HISTOGRAMS}
