@@ -128,6 +128,7 @@ class Upload:
         self._storage = storage
         self._hash = hashlib.sha256()
         self._room_checked = 0
+        self._is_incoming = True
         self.size = 0
         self.path, self._fd = storage._create_incoming()
         self._status = os.fstat(self._fd)
@@ -194,13 +195,15 @@ class Upload:
     def finish(self) -> None:
         """Leave `.incoming/`; the file lives on under its name, and open, so that no other is given its inode meanwhile."""
         os.unlink(self.path)
+        self._is_incoming = False
         os.close(os.dup(self._fd))  # NFS and FUSE tell at every close what they could not write
 
     def discard(self) -> None:
         """Close the upload, and remove it if it is still in `.incoming/`."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                if self._is_incoming:
+                    os.unlink(self.path)
             with contextlib.suppress(OSError):
                 self.close()
 
@@ -388,6 +391,8 @@ class Storage:
                 while not named:
                     twin = self._give_name(upload, target, set_aside)
                     named = twin is None
+                    if set_aside:
+                        _sync_folder(self.folder / REPLACED)
                     _sync_folder(self.folder)
                     if twin is None:
                         upload.finish()
@@ -431,7 +436,6 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, aside)
                 set_aside.append(aside)
-                _sync_folder(aside.parent)
 
     def _withdraw(
         self,

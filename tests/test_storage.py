@@ -527,6 +527,29 @@ def test_accept_syncs_the_file_before_it_has_a_name_and_the_folder_before_it_ret
     assert (str(store.folder / ".receipts"), True) in synced
 
 
+def test_accept_waits_for_nothing_while_a_name_is_free_on_its_way_to_another_file(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, OLD)
+    upload = begin(store, NEW)
+    calls: list[tuple[str, bool]] = []
+
+    def watch(call: str) -> Callable[..., Any]:
+        genuine = getattr(os, call)
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            calls.append((call, (store.folder / NAME).exists()))
+            return genuine(*arguments, **more)
+
+        return watched
+
+    with monkeypatch.context() as patch:
+        for call in ("fsync", "rename", "link", "unlink", "open", "pread"):
+            patch.setattr(os, call, watch(call))
+        assert finish(store, upload) == "replaced"
+    assert [call for call, is_there in calls if not is_there] == ["link"]
+
+
 def test_accept_of_a_duplicate_makes_sure_that_the_first_is_on_the_disk(
     store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
