@@ -705,7 +705,8 @@ def _is_at(path: Path, status: os.stat_result) -> bool:
     """Whether a path still leads to the file with this status, and not to one that was given its inode."""
     with contextlib.suppress(FileNotFoundError):
         now = os.lstat(path)
-        return os.path.samestat(now, status) and now.st_mtime_ns == status.st_mtime_ns
+        same_inode = os.path.samestat(now, status)
+        return same_inode and (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     return False
 
 

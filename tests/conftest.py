@@ -129,10 +129,13 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody else is given: it stays bound, beside which a server may bind with SO_REUSEADDR and listen."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    port: int = probe.getsockname()[1]
+    probe.detach()  # open to the end of this process
+    return port
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -282,7 +285,7 @@ class Nginx:
             f"error_log {self.errors} warn;\nevents {{}}\nhttp {{ {' '.join(temporary)} include {base}/site.conf; }}\n"
         )
         self.process = subprocess.Popen(["nginx", "-e", self.errors, "-p", base, "-c", base / "nginx.conf"])
-        for _ in range(100):
+        for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
             time.sleep(0.05)

@@ -210,7 +210,7 @@ def test_metrics_runs_log_and_health_are_right_across_workers_and_their_ends(
     check()
     began = time.monotonic()
     assert [get(server, "/rest/api/health", {})[0] for _ in range(20)] == [200] * 20
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert list((folder / ".incoming").iterdir()) == []
     logged = uploads_in(server.log.read_text())
     outcomes = [

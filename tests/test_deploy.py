@@ -283,7 +283,9 @@ def test_a_body_beyond_the_limit_is_refused_at_once_in_json(way: Way) -> None:
         connection.settimeout(10)
         received = b""
         while b"}" not in received:
-            received += connection.recv(1 << 16)
+            piece = connection.recv(1 << 16)
+            assert piece, received
+            received += piece
     head, _, body = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 413")
     assert b"Content-Type: application/json" in head
@@ -374,7 +376,7 @@ def test_an_upload_under_way_is_finished_before_the_server_stops(site: Site, nam
     process = server.process
     with way.connect() as connection:
         connection.sendall(way.head(len(HISTOGRAMS), runNumber="206") + HISTOGRAMS[:2000])
-        time.sleep(0.5)
+        wait_until(lambda: any((way.folder / ".incoming").iterdir()), 20)
         process.send_signal(signal.SIGTERM)  # to the master, as KillMode=mixed does
         time.sleep(1)
         connection.sendall(HISTOGRAMS[2000:])

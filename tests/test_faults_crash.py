@@ -268,7 +268,7 @@ def test_a_death_at_any_step_leaves_no_visible_file_or_the_whole_one(tmp_path: P
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     deaths = [json.loads(line) for line in run.stdout.splitlines()]

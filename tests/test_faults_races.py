@@ -134,7 +134,7 @@ class Race:
                 process.stdin.write("go\n")
                 process.stdin.flush()
             with ThreadPoolExecutor(len(senders)) as pool:
-                for out, errors in pool.map(lambda process: process.communicate(timeout=60), senders):
+                for out, errors in pool.map(lambda process: process.communicate(timeout=300), senders):
                     self.outcomes += [tuple(json.loads(line)) for line in out.splitlines()]
                     self.errors += errors
             (folder.parent / "over").touch()
@@ -143,7 +143,7 @@ class Race:
                 if process not in senders:
                     if role == "stuck":
                         process.kill()
-                    _, errors = process.communicate(timeout=60)
+                    _, errors = process.communicate(timeout=300)
                     self.errors += errors
 
     @property

@@ -19,9 +19,9 @@ import xxhash
 from rootfiles import COMPRESS, File, block, one_object, tnamed, versioned
 
 PROJECT = Path(__file__).parent.parent
-# Of processor time, as other processes share the machine the tests run on; by the clock it may then be ten.
+# Of processor time, as other processes share the machine the tests run on, where the loop below takes no more than UNIT.
 SECONDS = 3.0
-SECONDS_BY_THE_CLOCK = 10.0
+UNIT = 0.1
 HONEST = Path(__file__).parent / "data" / "h1_all.root"
 MEBIBYTES = 64
 BLOCK = (1 << 24) - 1  # bytes, the most that three bytes can say
@@ -38,16 +38,19 @@ def peak():
 
 honest, *paths = sys.argv[1:]
 rootcheck.check_root_file(honest)
+start = time.process_time()
+for _ in range(3):  # always the same work, by which a slower machine is given more time
+    sum(number * number for number in range(500_000))
+unit = time.process_time() - start
 before = peak()
 for path in paths:
-    start, clock = time.process_time(), time.perf_counter()
+    start = time.process_time()
     try:
         reason, objects = None, len(rootcheck.check_root_file(path))
     except rootcheck.InvalidRootFile as error:
         reason, objects = str(error), 0
-    seconds, clock = time.process_time() - start, time.perf_counter() - clock
-    grown = peak() - before
-    print(json.dumps({"reason": reason, "objects": objects, "seconds": seconds, "clock": clock, "kibibytes": grown}))
+    seconds, grown = time.process_time() - start, peak() - before
+    print(json.dumps({"reason": reason, "objects": objects, "seconds": seconds, "unit": unit, "kibibytes": grown}))
 """
 
 
@@ -57,7 +60,7 @@ class Answer(NamedTuple):
     reason: str | None  # None for a valid file
     objects: int
     seconds: float
-    clock: float
+    unit: float
     kibibytes: int
 
 
@@ -83,7 +86,7 @@ def measure(*paths: Path) -> list[Answer]:
             cwd=PROJECT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
     finally:
@@ -93,8 +96,7 @@ def measure(*paths: Path) -> list[Answer]:
     answers = [Answer(**json.loads(line)) for line in done.stdout.splitlines()]
     assert len(answers) == len(paths)
     for answer in answers:
-        assert answer.seconds < SECONDS, answer
-        assert answer.clock < SECONDS_BY_THE_CLOCK, answer
+        assert answer.seconds < SECONDS * max(1.0, answer.unit / UNIT), answer
         assert answer.kibibytes < MEBIBYTES << 10, answer
     return answers
 

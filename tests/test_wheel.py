@@ -40,10 +40,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (PROJECT / ".git").exists():
         pytest.skip("not a checkout")
     base = tmp_path_factory.mktemp("wheel")
-    hidden = [path.name for path in PROJECT.glob(".*")]
-    shutil.copytree(
-        PROJECT, base / "project", ignore=lambda folder, names: {*hidden, "tests", "data", "build"} & {*names}
-    )
+    without = {*(path.name for path in PROJECT.glob(".*")), "tests", "data", "build", "__pycache__"}
+    shutil.copytree(PROJECT, base / "project", ignore=lambda folder, names: without & {*names})
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", base, base / "project", cwd=base)
     (path,) = base.glob("*.whl")
     return path
