@@ -130,8 +130,7 @@ class Upload:
         self._room_checked = 0
         self._is_incoming = True
         self.size = 0
-        self.path, self._fd = storage._create_incoming()
-        self._status = os.fstat(self._fd)
+        self.path, self._fd, self._status = storage._create_incoming()
 
     @property
     def sha256(self) -> str:
@@ -357,14 +356,19 @@ class Storage:
             raise Unavailable("The data folder cannot be used: its disk is not the one of the start; is it mounted?")
         return disk
 
-    def _create_incoming(self) -> tuple[Path, int]:
+    def _create_incoming(self) -> tuple[Path, int, os.stat_result]:
         while True:
             path = self._incoming / f"{self._host}-{uuid.uuid4().hex}"
             fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             with contextlib.suppress(OSError):  # a file system without locks: see _is_dead
                 fcntl.flock(fd, fcntl.LOCK_EX)
-            if os.fstat(fd).st_nlink:
-                return path, fd
+            try:
+                status = os.fstat(fd)
+            except OSError:
+                os.close(fd)
+                raise
+            if status.st_nlink:
+                return path, fd, status
             os.close(fd)  # swept between its creation and the lock
 
     def _open(self, path: str | Path, flags: int) -> int:
@@ -383,11 +387,13 @@ class Storage:
         allows and nobody else was promised the file meanwhile.
         """
         target = self.folder / receipt["filename"]
-        named, set_aside = False, list[Path]()
+        named, set_aside, noted = False, list[Path](), 0
         upload.sync()
-        noted = self._receipts_size(receipt["run"])
-        try:
-            with os_errors():
+        with os_errors():
+            # Before there is something to withdraw, which may have to be done when nothing can be opened any more.
+            receipts = self._open_receipts(receipt["run"])
+            try:
+                noted = os.fstat(receipts).st_size
                 while not named:
                     twin = self._give_name(upload, target, set_aside)
                     named = twin is None
@@ -403,14 +409,17 @@ class Storage:
                     receipt["outcome"] = "duplicate"
                     if self.append_receipt(receipt, began, partial(_is_at, target, twin)):
                         return
-        except BaseException:
-            if named:
+            except BaseException:
+                if named:
+                    with contextlib.suppress(OSError):
+                        upload.finish()
+                else:
+                    upload.discard()
+                self._withdraw(upload, target, named, set_aside, receipt, receipts, noted)
+                raise
+            finally:
                 with contextlib.suppress(OSError):
-                    upload.finish()
-            else:
-                upload.discard()
-            self._withdraw(upload, target, named, set_aside, receipt, noted)
-            raise
+                    os.close(receipts)
 
     def _give_name(self, upload: Upload, target: Path, set_aside: list[Path]) -> os.stat_result | None:
         """Link the upload to its name, having set aside what had it, or return the status of what has the same bytes."""
@@ -432,7 +441,7 @@ class Storage:
             if _BOUND_FOR not in upload.path.name:
                 upload.move(upload.path.with_name(f"{upload.path.name}{_BOUND_FOR}{target.name}"))
                 _sync_folder(self._incoming)
-            aside = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
+            aside = self._path_aside(target)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, aside)
                 set_aside.append(aside)
@@ -444,57 +453,58 @@ class Storage:
         named: bool,
         set_aside: list[Path],
         receipt: Mapping[str, Any],
+        receipts: int,
         noted: int,
     ) -> None:
         """Undo what `accept` has done, as far as the disk allows, but nothing of what others have done since.
 
-        `noted` is the number of bytes of the run's receipts before the upload had its name.
+        `noted` is the number of bytes that the run's receipts, which are open, had before the upload had its name.
         """
         try:
-            with contextlib.ExitStack() as stack:
-                if named:
-                    with contextlib.suppress(OSError):
-                        receipts = stack.enter_context(self._open_receipts(receipt["run"]))
-                        if _has_duplicate(receipts, noted, receipt):  # whose sender was promised this very file
-                            return
-                before = next(filter(os.path.lexists, reversed(set_aside)), None)  # others may have been withdrawn, too
-                if named and not self._take_name(upload, target) and self._take_from_replaced(upload, target, before):
-                    before = None
-                if before:
-                    with contextlib.suppress(FileExistsError):  # a later upload has the name
-                        os.link(before, target)
-                        os.unlink(before)
-                _sync_folder(self.folder)
+            _lock(receipts)  # so that one is withdrawn after the other
+            if named and _has_duplicate(receipts, noted, receipt):  # whose sender was promised this very file
+                return
+            self._make_subfolders()
+            before = None
+            for aside in reversed(set_aside):
+                with contextlib.suppress(FileNotFoundError):  # withdrawn itself
+                    before = self._claim(aside, target)
+                    break
+            place = target
+            if named and not self._take(upload, target, target):
+                # If a later upload has set this one aside and fails, too, it is to find there what was before both.
+                others = (self.folder / REPLACED).glob(f"{target.name}.*")
+                place = next((path for path in others if self._take(upload, path, target)), target)
+            if before:
+                _rename_unless_taken(before, place)
+            _sync_folder(self.folder)
         except OSError:
             logger.exception("the upload of %s failed and could not be undone altogether", target.name)
 
-    def _take_name(self, upload: Upload, target: Path) -> bool:
-        """Take the name from an upload that failed, and from no other; return whether it had it."""
+    def _take(self, upload: Upload, path: Path, target: Path) -> bool:
+        """Remove an upload that failed from a path; return whether it was there. Whatever else is there stays."""
         with contextlib.suppress(FileNotFoundError):
-            if upload.is_file(os.lstat(target)):
-                taken = self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
-                os.rename(target, taken)
-                mine = upload.is_file(os.lstat(taken))
-                if not mine:
-                    os.link(taken, target)
-                os.unlink(taken)
-                return mine
-        return False
-
-    def _take_from_replaced(self, upload: Upload, target: Path, before: Path | None) -> bool:
-        """Take an upload that failed out of `.replaced/`, where a later one has set it aside; return whether it was there.
-
-        Should that one fail as well, it finds in its place what had the name before both.
-        """
-        for path in (self.folder / REPLACED).glob(f"{target.name}.*"):
-            with contextlib.suppress(FileNotFoundError):
-                if upload.is_file(os.lstat(path)):
-                    if before:
-                        os.rename(before, path)
-                    else:
-                        os.unlink(path)
+            if upload.is_file(os.lstat(path)):
+                claimed = self._claim(path, target)
+                if upload.is_file(os.lstat(claimed)):
+                    os.unlink(claimed)
                     return True
+                _rename_unless_taken(claimed, path)  # somebody was quicker
         return False
+
+    def _claim(self, path: Path, target: Path) -> Path:
+        """Give a file a name in `.replaced/` that nobody else knows, and return that; where it has no room, the file's own."""
+        claimed = self._path_aside(target)
+        try:
+            os.rename(path, claimed)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            return path
+        return claimed
+
+    def _path_aside(self, target: Path) -> Path:
+        return self.folder / REPLACED / f"{target.name}.{uuid.uuid4().hex}"
 
     def reject(self, upload: Upload, name: str) -> None:
         """Keep an invalid upload in `.rejected/` for a look, the newest of them within the bound."""
@@ -564,7 +574,7 @@ class Storage:
         run = receipt["run"]
         written = False
         try:
-            with os_errors(), self._open_receipts(run) as fd:
+            with os_errors(), self._locked_receipts(run) as fd:
                 if not while_true():
                     return False
                 size = os.fstat(fd).st_size
@@ -588,18 +598,20 @@ class Storage:
 
     def _take_back_receipt(self, run: int, line: bytes) -> None:
         """Remove a line from the end of the receipts, if it is still there."""
-        with contextlib.suppress(OSError), self._open_receipts(run) as fd:
+        with contextlib.suppress(OSError), self._locked_receipts(run) as fd:
             size = os.fstat(fd).st_size - len(line)
             if size >= 0 and os.pread(fd, len(line), size) == line:
                 os.ftruncate(fd, size)
 
+    def _open_receipts(self, run: int) -> int:
+        return self._open(self._receipts_path(run), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+
     @contextlib.contextmanager
-    def _open_receipts(self, run: int) -> Iterator[int]:
+    def _locked_receipts(self, run: int) -> Iterator[int]:
         """Open the receipts of a run, locked against other appends where the file system has locks."""
-        fd = self._open(self._receipts_path(run), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        fd = self._open_receipts(run)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             yield fd
         finally:
             os.close(fd)
@@ -631,13 +643,6 @@ class Storage:
                 self.check_disk()  # without the disk, nobody knows
                 raise NoSuchRun(f"There is no run {run}") from error
         return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
-
-    def _receipts_size(self, run: int) -> int:
-        """Return how many bytes of receipts a run has."""
-        try:
-            return os.stat(self._receipts_path(run)).st_size
-        except OSError:
-            return 0
 
     def _receipts_path(self, run: int) -> str:
         return f"{self.folder}/{RECEIPTS}/{run}.jsonl"
@@ -699,6 +704,19 @@ class Storage:
             os.close(fd)
             raise NoSuchFile(f"There is no file {name!r}")
         return os.fdopen(fd, "rb")
+
+
+def _rename_unless_taken(path: Path, name: Path) -> None:
+    """Give a file another name, but for one that another file has."""
+    with contextlib.suppress(FileExistsError):
+        os.link(path, name)
+        os.unlink(path)
+
+
+def _lock(receipts: int) -> None:
+    """Keep others from appending to receipts and from withdrawing until this is closed, where the file system has locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(receipts, fcntl.LOCK_EX)
 
 
 def _is_at(path: Path, status: os.stat_result) -> bool:

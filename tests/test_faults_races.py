@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import errno
 import hashlib
 import itertools
 import json
+import os
 import random
 import socket
 import subprocess
@@ -380,6 +382,47 @@ def test_an_acknowledged_duplicate_that_began_before_the_upload_that_fails_stays
 
     while_another_fails_at_its_receipt(make_app(), monkeypatch, HISTOGRAMS, send_again)
     assert visible(folder) == {NAME: HISTOGRAMS}
+
+
+def test_an_acknowledged_duplicate_stays_where_the_upload_that_fails_can_open_nothing_any_more(
+    make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+
+        def send_again(client: Client) -> None:
+            assert client.post(FILES, headers=HEADERS, data=HISTOGRAMS).status_code == 200
+            patch.setattr(os, "open", fail)
+
+        while_another_fails_at_its_receipt(make_app(), patch, HISTOGRAMS, send_again)
+    assert visible(folder) == {NAME: HISTOGRAMS}
+
+
+def test_an_upload_that_fails_at_its_receipt_vanishes_where_somebody_cleared_the_hidden_folder_away(
+    make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while_another_fails_at_its_receipt(
+        make_app(), monkeypatch, HISTOGRAMS, lambda client: (folder / ".replaced").rmdir()
+    )
+    assert visible(folder) == {}
+
+
+def test_an_upload_that_fails_at_its_receipt_vanishes_where_the_hidden_folder_has_no_room_for_a_name(
+    make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app()
+    assert Client(app).post(FILES, headers=HEADERS, data=PROFILES).status_code == 200
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    while_another_fails_at_its_receipt(
+        app, monkeypatch, HISTOGRAMS, lambda client: monkeypatch.setattr(os, "rename", fail)
+    )
+    assert visible(folder) == {NAME: PROFILES}
+    assert list((folder / ".replaced").iterdir()) == []
 
 
 def test_an_upload_that_fails_at_its_receipt_brings_back_nothing_that_was_taken_away(
