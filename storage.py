@@ -360,8 +360,7 @@ class Storage:
         while True:
             path = self._incoming / f"{self._host}-{uuid.uuid4().hex}"
             fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            with contextlib.suppress(OSError):  # a file system without locks: see _is_dead
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             try:
                 status = os.fstat(fd)
             except OSError:
@@ -461,7 +460,7 @@ class Storage:
         `noted` is the number of bytes that the run's receipts, which are open, had before the upload had its name.
         """
         try:
-            _lock(receipts)  # so that one is withdrawn after the other
+            _lock(receipts)  # so that nobody appends meanwhile, and one is withdrawn after the other
             if named and _has_duplicate(receipts, noted, receipt):  # whose sender was promised this very file
                 return
             self._make_subfolders()
@@ -713,10 +712,10 @@ def _rename_unless_taken(path: Path, name: Path) -> None:
         os.unlink(path)
 
 
-def _lock(receipts: int) -> None:
-    """Keep others from appending to receipts and from withdrawing until this is closed, where the file system has locks."""
+def _lock(fd: int) -> None:
+    """Take the lock of a file, until it is closed; on a file system without locks, do nothing (see also `_is_dead`)."""
     with contextlib.suppress(OSError):
-        fcntl.flock(receipts, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_EX)
 
 
 def _is_at(path: Path, status: os.stat_result) -> bool:

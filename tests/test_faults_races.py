@@ -330,6 +330,15 @@ def test_an_upload_that_fails_late_leaves_a_later_one_of_the_same_name_alone(
         assert list((folder / ".replaced").iterdir()) == []
 
 
+def raising(number: int) -> Callable[..., None]:
+    """Return what takes the place of a function of `os` and fails with this error."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def while_another_fails_at_its_receipt(
     app: receiver.Receiver, monkeypatch: pytest.MonkeyPatch, first: bytes, then: Callable[[Client], Any]
 ) -> None:
@@ -387,14 +396,11 @@ def test_an_acknowledged_duplicate_that_began_before_the_upload_that_fails_stays
 def test_an_acknowledged_duplicate_stays_where_the_upload_that_fails_can_open_nothing_any_more(
     make_app: Callable[..., receiver.Receiver], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
     with monkeypatch.context() as patch:
 
         def send_again(client: Client) -> None:
             assert client.post(FILES, headers=HEADERS, data=HISTOGRAMS).status_code == 200
-            patch.setattr(os, "open", fail)
+            patch.setattr(os, "open", raising(errno.EMFILE))
 
         while_another_fails_at_its_receipt(make_app(), patch, HISTOGRAMS, send_again)
     assert visible(folder) == {NAME: HISTOGRAMS}
@@ -415,12 +421,10 @@ def test_an_upload_that_fails_at_its_receipt_vanishes_where_the_hidden_folder_ha
     app = make_app()
     assert Client(app).post(FILES, headers=HEADERS, data=PROFILES).status_code == 200
 
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fill(client: Client) -> None:
+        monkeypatch.setattr(os, "rename", raising(errno.ENOSPC))
 
-    while_another_fails_at_its_receipt(
-        app, monkeypatch, HISTOGRAMS, lambda client: monkeypatch.setattr(os, "rename", fail)
-    )
+    while_another_fails_at_its_receipt(app, monkeypatch, HISTOGRAMS, fill)
     assert visible(folder) == {NAME: PROFILES}
     assert list((folder / ".replaced").iterdir()) == []
 
