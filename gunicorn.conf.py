@@ -21,7 +21,7 @@ from gunicorn.util import write_nonblock
 from gunicorn.workers.gthread import ThreadWorker
 
 import receiver
-import storage
+from durable import StorageError
 
 AT_ONCE = 0.02  # seconds within which a sender's next request comes, where it has one
 STALLED = 120  # seconds without a byte, in either direction, after which a connection is given up
@@ -141,13 +141,13 @@ def when_ready(server: Arbiter) -> None:
 def on_reload(server: Arbiter) -> None:
     """On SIGHUP: read the token file again, or go on with the old tokens where there is a mistake."""
     try:
-        server.app.callable.storage.check_disk()  # else the new application would make a folder whose disk is not mounted
+        server.app.callable.storage.check_folder()  # else the new application would make a folder whose disk is not mounted
         server.app.callable = receiver.create_app()
-    except (receiver.ConfigurationError, storage.StorageError, OSError) as error:
+    except (receiver.ConfigurationError, StorageError, OSError) as error:
         server.log.error("the tokens stay as they were: %s", error)
 
 
 def post_worker_init(worker: ThreadWorker) -> None:
     """In a worker, before its first request; it may have taken the place of one that died amid uploads."""
     mask(signal.SIG_UNBLOCK)
-    worker.wsgi.storage.sweep()
+    worker.wsgi.storage.recover()
