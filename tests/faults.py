@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
@@ -12,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from client import HEADERS, HISTOGRAMS, visible
+from client import HEADERS, HISTOGRAMS, PROJECT, Reply, visible
 
 import storage
 
@@ -109,7 +114,10 @@ def assert_promise(
         if lines[upload] < number
     ]
     if not OLD_COMMIT:
-        problems += [f"a receipt tells of {name} ({digest[:8]}), which is nowhere" for name, digest in lines.keys() - kept - shown]
+        problems += [
+            f"a receipt tells of {name} ({digest[:8]}), which is nowhere"
+            for name, digest in lines.keys() - kept - shown
+        ]
     if problems:
         raise BrokenPromise("\n".join(problems))
 
@@ -126,3 +134,97 @@ def assert_nothing_left(folder: Path) -> None:
     if left:
         raise BrokenPromise(f"left behind: {', '.join(left)}")
 
+
+PROGRAM = Path(__file__).with_name("faulty_receiver.py")
+
+
+def faulty_receiver(*arguments: str) -> list[str]:
+    """Return the command that runs that program, from PROJECT."""
+    return [sys.executable, str(PROGRAM), *arguments]
+
+
+class Process:
+    """A receiver in a process of its own, without HTTP, that does as it is told: see faulty_receiver.Served."""
+
+    def __init__(self, folder: Path, *, start: bool = True, **settings: str) -> None:
+        self.folder = folder
+        self.forks: list[int] = []
+        self._process = subprocess.Popen(
+            faulty_receiver("serve", str(folder)),
+            cwd=PROJECT,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        if start:
+            self.do("start", **settings)
+
+    def begin(self, command: str, **arguments: object) -> None:
+        """Have a command carried out; `result` waits for its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([command, arguments]) + "\n")
+        self._process.stdin.flush()
+
+    def result(self) -> Any:
+        """Return the result of the command begun first; raises ConnectionError if the process has died."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            raise ConnectionError(f"the process has ended with status {self._process.returncode}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def do(self, command: str, **arguments: object) -> Any:
+        self.begin(command, **arguments)
+        return self.result()
+
+    def begin_post(self, body: bytes, time_stamp: int = 234, **more: str) -> None:
+        self.begin("post", **upload(body, time_stamp, **more))
+
+    def post(self, body: bytes, time_stamp: int = 234, **more: str) -> Reply:
+        self.begin_post(body, time_stamp, **more)
+        return Reply(*self.result())
+
+    def get(self, path: str) -> Reply:
+        return Reply(*self.do("get", path=path))
+
+    def batch(self, bodies: Iterable[bytes]) -> list[Reply]:
+        """Send files of one name at once."""
+        return [Reply(*result) for result in self.do("batch", uploads=[upload(body) for body in bodies])]
+
+    def fault(self, pattern: str, action: str, times: int = 1) -> None:
+        """Take an action at the next steps, so many, that match: see faulty_receiver.Steps."""
+        self.do("fault", pattern=pattern, action=action, times=times)
+
+    def fork(self, *uploads: dict[str, Any]) -> list[Reply]:
+        """Send files from a forked child, which then lives until this process is closed."""
+        pid, results = self.do("fork", commands=[("post", upload) for upload in uploads])
+        self.forks.append(pid)
+        return [Reply(*result) for result in results]
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        for pid in self.forks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def upload(body: bytes, time_stamp: int = 234, **more: str) -> dict[str, Any]:
+    """Return a file as Process hands it on."""
+    return {"body": body.hex(), "headers": {**headers_of(time_stamp), **more}}

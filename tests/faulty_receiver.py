@@ -35,7 +35,6 @@ from faults import (
     OLD_COMMIT,
     BrokenPromise,
     Sent,
-    assert_nothing_left,
     assert_promise,
     headers_of,
     name_of,
@@ -55,12 +54,21 @@ TWO_PATHS = {"link": "link", "rename": "rename", "replace": "rename"}
 TO_PATH = {"symlink": "symlink"}
 TO_DESCRIPTOR = {"sendfile": 0, "copy_file_range": 1}
 CHANGES = {
-    **{name: name for name in ("mkdir", "rmdir", "unlink", "truncate", "utime", "chmod", "mkfifo", "fchmod", "ftruncate")},
+    **{
+        name: name
+        for name in ("mkdir", "rmdir", "unlink", "truncate", "utime", "chmod", "mkfifo", "fchmod", "ftruncate")
+    },
     **{name: "write" for name in ("write", "pwrite", "writev", "pwritev")},
-    **{"remove": "unlink", "fsync": "fsync", "fdatasync": "fsync", "posix_fallocate": "write"},
+    "remove": "unlink",
+    "fsync": "fsync",
+    "fdatasync": "fsync",
+    "posix_fallocate": "write",
 }
 LOOKS = {
-    **{name: name for name in ("stat", "lstat", "fstat", "scandir", "listdir", "close", "access", "statvfs", "fstatvfs")},
+    **{
+        name: name
+        for name in ("stat", "lstat", "fstat", "scandir", "listdir", "close", "access", "statvfs", "fstatvfs")
+    },
     **{name: "read" for name in ("read", "pread", "readv", "preadv")},
 }
 CHANGING = {"create", "flock", *TWO_PATHS.values(), *TO_PATH, *TO_DESCRIPTOR, *CHANGES.values()}
@@ -80,7 +88,8 @@ class Steps:
 
     Actions: "kill before", "kill after"; an error ("EIO"), an error though the call has been made ("EIO after"), an error at
     this call and every later one of its kind ("EIO for good"); "torn" (half of the bytes are written, then ENOSPC), "short"
-    (half of the bytes are written); "stop" (SIGSTOP); or a function, which is called before the call.
+    (half of the bytes are written); "stop" (SIGSTOP); "nothing"; or a function, which is called before the call and returns
+    one of those.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,9 +98,9 @@ class Steps:
         self.trace: list[str] = []
         self.fired: list[str] = []
         self.pattern, self.times = "", 0
-        self.action: str | Callable[[], None] = ""
+        self.action: str | Callable[[], str] = "nothing"
         self._counts: Counter[str] = Counter()
-        self._lasting = ""  # the call that fails for good
+        self.lasting = ""  # the call that fails for good
         self._lock = threading.Lock()
         self._readlink, self._write = os.readlink, os.write
         self._busy = threading.local()
@@ -101,11 +110,15 @@ class Steps:
         calls = {**TWO_PATHS, **TO_PATH, **dict.fromkeys(TO_DESCRIPTOR, "write"), **CHANGES, **LOOKS, "open": "open"}
         for function, call in calls.items():
             setattr(os, function, self._wrapped(getattr(os, function), function, call))
-        fcntl.flock = self._wrapped(fcntl.flock, "flock", "flock")  # type: ignore[assignment]
+        fcntl.flock = self._wrapped(fcntl.flock, "flock", "flock")
 
-    def at(self, pattern: str, action: str | Callable[[], None], times: int = 1) -> None:
+    def at(self, pattern: str, action: str | Callable[[], str], times: int = 1) -> None:
         """Take the action at the first steps, so many, whose name without the phase and number matches."""
         self.pattern, self.action, self.times = pattern, action, times
+
+    def stop(self) -> None:
+        """Take no action any more."""
+        self.times, self.lasting = 0, ""
 
     def _wrapped(self, real: Callable[..., Any], function: str, call: str) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **more: Any) -> Any:
@@ -176,16 +189,14 @@ class Steps:
             if hit:
                 self.times -= 1
                 self.fired.append(name)
-            action = self.action if hit else ""
-            if not hit and self._lasting == call:
-                action = self.action
+            action = self.action if hit or self.lasting == call else "nothing"
         if callable(action):
             self._busy.now = True
             try:
-                action()
+                action = action()
             finally:
                 self._busy.now = False
-        elif action:
+        if action != "nothing":
             return self._fail(action, call, real, arguments, more)
         return real(*arguments, **more)
 
@@ -214,7 +225,7 @@ class Steps:
             elif call in ("create", "open"):
                 os.close(result)
         if when == "for good":
-            self._lasting = call
+            self.lasting = call
         number = getattr(errno, kind)
         raise OSError(number, os.strerror(number))
 
@@ -241,13 +252,11 @@ SITUATIONS = {
     "an invalid file": ("profiles", "invalid"),
     "a dead writer": ("profiles", "histograms"),
 }
-RIVALS = {"a rival": GRAPHS, "an equal rival": HISTOGRAMS}
+RIVALS = {"rival": GRAPHS, "equal rival": HISTOGRAMS}
+# The steps without which no byte or name is durable.
+DURABLE = re.compile(r"upload: (fsync (\.|NAME|\.incoming/(<id>/)?<id>|\.replaced(/<id>)?)|write \.incoming/\S+)( #|$)")
 RIVAL_WAIT = 1.0  # seconds for which a process that may hold a lock waits for its rival
 LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
-
-
-def serious(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def send(app: Any, body: bytes, time_stamp: int = BASE, **more: str) -> tuple[int, Any]:
@@ -272,7 +281,7 @@ class Child:
 
             try:
                 function(report, go)
-            except BaseException:
+            except BaseException:  # noqa: BLE001  the child must not go on as its parent
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
@@ -327,8 +336,9 @@ class EveryStep:
 
     def __init__(self, base: Path, situation: str, action: str) -> None:
         self.situation, self.action = situation, action
+        self.kind = action.partition(", then ")[0]
         before, new = SITUATIONS[situation]
-        self.before, self.new = before and BODIES[before], BODIES[new]
+        self.before, self.new = BODIES[before] if before else None, BODIES[new]
         self.valid = new != "invalid"
         self.folder, self.template, self.taken = base / "data", base / "template", base / "taken"
         self.prepare()
@@ -360,7 +370,7 @@ class EveryStep:
     def make_app(self) -> Any:
         return receiver.create_app(settings(self.folder))
 
-    def upload(self, report: Callable[..., None], go: int, step: str, action: str | Callable[[], None]) -> None:
+    def upload(self, report: Callable[..., None], go: int, step: str, action: str | Callable[[], str]) -> None:
         """Run a receiver from its start to the end of two uploads, with an action at a step."""
         steps = Steps(self.folder)
         steps.install()
@@ -375,43 +385,46 @@ class EveryStep:
             status, answer = send(app, self.new)
             report(status=status, answer=answer)
             steps.phase = "next"
-            steps.times = 0
-            steps.action = steps._lasting = ""
+            steps.stop()
             status, answer = send(app, PROFILES, 1)
             report(next=status, next_answer=answer)
         report(trace=steps.trace, fired=steps.fired)
 
     # --- actions that take a function ----------------------------------------------------------------------------------
 
-    def function(self, report: Callable[..., None], go: int) -> str | Callable[[], None]:
+    def function(self, report: Callable[..., None], go: int) -> str | Callable[[], str]:
         """Return the action, as it is taken in a child."""
         read, rename, unlink = os.read, os.rename, os.unlink
 
-        def take() -> None:
+        def take() -> str:
             self.taken.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 rename(self.folder / NAME, self.taken / f"{NAME}.{time.monotonic_ns()}")
+            return "nothing"
 
-        def let_rival_go() -> None:
+        def let_rival_go() -> str:
             report(rival=True)
             read(go, 1)
+            return self.action.partition(", then ")[2] or "nothing"
 
-        def clear() -> None:
+        def clear() -> str:
             shutil.rmtree(self.folder / ".incoming", ignore_errors=True)
+            return "nothing"
 
-        def unlock() -> None:
+        def unlock() -> str:
             with contextlib.suppress(FileNotFoundError):
                 unlink(self.folder / ".lock")
+            return "nothing"
 
-        functions = {"take": take, **dict.fromkeys(RIVALS, let_rival_go), "clear": clear, "unlock": unlock}
-        return functions.get(self.action, self.action)
+        functions = {"take": take, "clear": clear, "unlock": unlock, **dict.fromkeys(RIVALS, let_rival_go)}
+        return functions.get(self.kind, self.action)
 
     # --- attempts ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[str]:
         """Return the steps at which the action can be taken, in the order in which an upload comes to them."""
         self.restore()
-        trace = Child(lambda report, go: self.upload(report, go, "", "")).end()["trace"]
+        trace = Child(lambda report, go: self.upload(report, go, "", "nothing")).end()["trace"]
         calls = CHANGING
         if self.action in ("torn", "short"):
             calls = {"write"}
@@ -463,7 +476,7 @@ class EveryStep:
         return {"step": step, "status": said.get("status"), "next": said.get("next"), "problem": problem}
 
     def rival(self, report: Callable[..., None], go: int) -> None:
-        status, answer = send(self.make_app(), RIVALS[self.action])
+        status, answer = send(self.make_app(), RIVALS[self.kind])
         report(rival_status=status, rival_answer=answer)
 
     def check(self, step: str, said: dict[str, Any], status: int | None, unchanged: dict[str, bytes]) -> None:
@@ -483,7 +496,7 @@ class EveryStep:
         if "rival" in said:
             if said.get("rival_status") not in (200, 500, 503):
                 raise BrokenPromise(f"the rival was answered {said.get('rival_status')}: {said.get('rival_answer')}")
-            upload = (NAME, sha256(RIVALS[self.action]))
+            upload = (NAME, sha256(RIVALS[self.kind]))
             (acknowledged if said["rival_status"] == 200 else unsure).append(upload)
         other = (name_of(1), sha256(PROFILES))
         if "next" in said:
@@ -502,9 +515,9 @@ class EveryStep:
             if visible(self.folder)[NAME] != self.new:
                 raise BrokenPromise("the file that was sent again has not its name")
         assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken)
-        if self.before is not None and self.before != self.new and self.valid and taken is None:
-            if self.before not in replaced(self.folder, NAME):
-                raise BrokenPromise("the bytes that were replaced are not preserved")
+        was_replaced = self.before is not None and self.before != self.new and self.valid and taken is None
+        if was_replaced and self.before not in replaced(self.folder, NAME):
+            raise BrokenPromise("the bytes that were replaced are not preserved")
 
     def check_answer(self, step: str, said: dict[str, Any], unchanged: dict[str, bytes]) -> None:
         """Raise BrokenPromise where an answer says what it must not."""
@@ -512,31 +525,133 @@ class EveryStep:
         expected = {None, 200, 500, 503, 507} if self.valid else {None, 400, 500, 503, 507}
         if status not in expected:
             raise BrokenPromise(f"the upload was answered {status}: {said.get('answer')}")
-        if status in (400, 507) and self.action not in (*RIVALS, "take"):
+        if status in (400, 507) and self.kind not in (*RIVALS, "take"):
             there = visible(self.folder)
             there.pop(name_of(1), None)
             if there != unchanged:
                 raise BrokenPromise(f"{status}, but the visible files have changed")
-        if status == 200 and self.action.startswith("E") and not self.action.endswith("after"):
-            if re.match(r"upload: (fsync (\.|NAME|\.incoming/.*/?<id>|\.replaced.*)|write \.incoming/.*)( #|$)", step):
-                raise BrokenPromise("200, but the bytes may not be durable")
+        lost_bytes = self.action.startswith("E") and not self.action.endswith("after") and DURABLE.match(step)
+        if status == 200 and lost_bytes:
+            raise BrokenPromise("200, but the bytes may not be durable")
         if "next" in said and not self.action.endswith("for good"):
             # After an fsync of a folder that failed, the kernel may report the next one as good.
-            if said["next"] != 200 and not ("fsync" in step and said["next"] in (500, 503)):
+            unknown = "fsync" in step or self.action == "clear"
+            if said["next"] != 200 and not (unknown and said["next"] in (500, 503)):
                 raise BrokenPromise(f"the next upload was answered {said['next']}: {said.get('next_answer')}")
 
 
 def every_step(base: Path, situation: str, action: str) -> None:
-    if not OLD_COMMIT:
-        storage.LOCK_TIMEOUT = LOCK_TIMEOUT  # type: ignore[attr-defined]
+    """Print a line of JSON for each attempt."""
     attempts = EveryStep(base, situation, action)
     for step in attempts.steps():
         print(json.dumps(attempts.attempt(step)), flush=True)
 
 
+# --- a process that does as it is told ---------------------------------------------------------------------------------
+
+
+class Served:
+    """A receiver that carries out commands: methods of this class, with the arguments of faults.Process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.steps = Steps(folder)
+        self.steps.install()
+        self.app: Any = None
+
+    def run(self, name: str, arguments: dict[str, Any]) -> object:
+        result: object = getattr(self, name)(**arguments)
+        return result
+
+    def start(self, **more: str) -> None:
+        self.app = receiver.create_app(settings(self.folder, **more))
+
+    def fault(self, pattern: str, action: str, times: int) -> None:
+        self.steps.stop()
+        self.steps.at(pattern, action, times)
+
+    def post(self, body: str, headers: dict[str, str]) -> tuple[int, Any]:
+        response = Client(self.app).post(FILES, headers=headers, data=bytes.fromhex(body))
+        return response.status_code, response.json
+
+    def get(self, path: str) -> tuple[int, Any]:
+        response = Client(self.app).get(path, headers=HEADERS)
+        return response.status_code, response.json
+
+    def batch(self, uploads: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+        """Send files at once, each from a thread of its own."""
+        begin = threading.Barrier(len(uploads))
+
+        def send_one(upload: dict[str, Any]) -> tuple[int, Any]:
+            begin.wait(30)
+            return self.post(**upload)
+
+        with ThreadPoolExecutor(len(uploads)) as pool:
+            return list(pool.map(send_one, uploads))
+
+    def race(self, role: str, number: int, rounds: int, threads: int, agent: str) -> list[list[Any]]:
+        """Send files in turn from several threads; return status, time stamp, content and answer of each."""
+
+        def send_some(thread: int) -> list[list[Any]]:
+            results = []
+            for turn in range(rounds):
+                if role == "starting":
+                    app = receiver.create_app(settings(self.folder))
+                text, time_stamp = CONTENTS[role](number * threads + thread, turn)
+                body = HISTOGRAMS + text.encode()
+                status, answer = send(app if role == "starting" else self.app, body, time_stamp, amoreAgent=agent)
+                results.append([status, time_stamp, sha256(body), answer])
+            return results
+
+        with ThreadPoolExecutor(threads) as pool:
+            return [result for results in pool.map(send_some, range(threads)) for result in results]
+
+    def fork(self, commands: list[tuple[str, dict[str, Any]]]) -> tuple[int, list[object]]:
+        """Carry out commands in a forked child, which lives on; return its id and their results."""
+        out, end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(0)
+            results = [self.run(name, arguments) for name, arguments in commands]
+            os.write(end, json.dumps(results).encode())
+            os.close(end)
+            os.close(1)
+            while True:
+                signal.pause()
+        os.close(end)
+        with os.fdopen(out, "rb") as pipe:
+            return pid, json.load(pipe)
+
+
+# What a sender sends in a turn of a race, and with which time stamp.
+CONTENTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
+    "equal": lambda sender, turn: (f"content {turn}", turn),
+    "different": lambda sender, turn: (f"content {sender} {turn}", turn % 2),
+    "in turns": lambda sender, turn: (f"content {turn}", turn // 4),
+    "starting": lambda sender, turn: (f"content {sender} {turn}", turn % 2),
+}
+
+
+def serve(folder: Path) -> None:
+    """Answer each line of standard input, [command, arguments], with a line: {"result": ...} or {"error": ...}."""
+    served = Served(folder)
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            answer = {"result": served.run(name, arguments)}
+        except Exception as error:  # noqa: BLE001  it is the other side's
+            traceback.print_exc()
+            answer = {"error": repr(error)}
+        print(json.dumps(answer), flush=True)
+
+
 def main() -> None:
+    if not OLD_COMMIT:
+        storage.LOCK_TIMEOUT = LOCK_TIMEOUT  # type: ignore[attr-defined]
     if sys.argv[1] == "every-step":
         every_step(Path(sys.argv[2]).resolve(), *sys.argv[3:5])
+    else:
+        serve(Path(sys.argv[2]).resolve())
 
 
 if __name__ == "__main__":
