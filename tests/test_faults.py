@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client import PROJECT
@@ -52,33 +53,50 @@ def assert_promise_at_every_step(base: Path, situation: str, action: str) -> Non
 SITUATIONS = ("a new folder", "a taken name", "a duplicate", "an invalid file", "a dead writer")
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("action", ["kill before", "kill after"])
+def table(quick: str, *actions: str) -> list[Any]:
+    """Return situations and actions for parametrize; only the situations in `quick` (their last words) are not slow."""
+    return [
+        pytest.param(situation, action, marks=[] if situation.split()[-1] in quick.split() else [pytest.mark.slow])
+        for action in actions
+        for situation in SITUATIONS
+    ]
+
+
+@pytest.mark.parametrize(("situation", "action"), table("folder name duplicate file writer", "kill before", "kill after"))
 def test_death_at_any_step_keeps_the_promise(memory: Path, situation: str, action: str) -> None:
     assert_promise_at_every_step(memory, situation, action)
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EMFILE", "EACCES", "ESTALE"])
+@pytest.mark.parametrize(
+    ("situation", "error"),
+    [*table("folder name duplicate", "EIO"), *table("name", "ENOSPC", "EMFILE", "EACCES"), *table("", "ESTALE")],
+)
 def test_failure_of_any_call_keeps_the_promise(memory: Path, situation: str, error: str) -> None:
     assert_promise_at_every_step(memory, situation, error)
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("action", ["EIO after", "EIO for good", "torn", "short"])
+@pytest.mark.parametrize(
+    ("situation", "action"), [*table("name duplicate", "EIO after", "torn", "short"), *table("", "EIO for good")]
+)
 def test_half_done_and_lasting_failures_keep_the_promise(memory: Path, situation: str, action: str) -> None:
     assert_promise_at_every_step(memory, situation, action)
 
 
-@pytest.mark.parametrize("situation", ["a new folder", "a taken name", "a duplicate"])
-@pytest.mark.parametrize("action", ["take", "clear", "unlock"])
+@pytest.mark.parametrize(("situation", "action"), [*table("name duplicate", "take"), *table("name", "clear", "unlock")])
 def test_other_programs_between_two_steps_break_nothing(memory: Path, situation: str, action: str) -> None:
     """Overwatch takes the file; `.incoming/` or `.lock` is removed."""
     assert_promise_at_every_step(memory, situation, action)
 
 
-@pytest.mark.parametrize("situation", ["a new folder", "a taken name", "a duplicate"])
-@pytest.mark.parametrize("action", ["rival", "equal rival", "rival, then EIO", "equal rival, then EIO"])
+@pytest.mark.parametrize(
+    ("situation", "action"),
+    [
+        *table("folder name duplicate", "rival"),
+        *table("folder", "equal rival"),
+        *table("", "rival, then EIO"),
+        *table("name", "equal rival, then EIO"),
+    ],
+)
 def test_whole_upload_between_two_steps_breaks_nothing(memory: Path, situation: str, action: str) -> None:
-    """Another process sends a file of the same name meanwhile, which then may fail."""
+    """Another process sends a file of the same name meanwhile; then the first may fail."""
     assert_promise_at_every_step(memory, situation, action)
