@@ -27,12 +27,12 @@ from durable import (
     Folder,
     GroupCommit,
     StorageError,
+    StorageUnavailable,
     list_names,
     make_folder,
     open_folder,
     open_regular,
     os_errors,
-    translate,
     write_all,
 )
 
@@ -148,7 +148,8 @@ class ReceiptLog:
                 self._append_to_run(run, receipts)
             except OSError as error:
                 self._logs.pop(run, None)  # its last line may be torn, so the next receipt begins a new log
-                errors[run] = translate(error)
+                # Never InsufficientStorage: the upload has its name already.
+                errors[run] = StorageUnavailable(f"The receipt could not be written: {error.strerror}")
             except StorageError as error:
                 errors[run] = error
         return [errors.get(receipt.run) for receipt in batch]

@@ -257,10 +257,10 @@ class Storage:
                 results = [self._take_name(pending, data) for pending in batch]
             try:
                 os.fsync(data.fd)
-            except OSError:
+            except OSError as error:
                 # The kernel reports an error once and then forgets it, so the next fsync would promise too much.
                 self._failure = "The data folder cannot be used: its fsync failed, so this process must be restarted"
-                raise
+                raise StorageUnavailable(self._failure) from error
         return results
 
     def _take_name(self, pending: _Pending, data: Descriptor) -> bool | Exception:
