@@ -46,13 +46,15 @@ class InsufficientStorage(StorageError):
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
-@contextlib.contextmanager
-def os_errors() -> Iterator[None]:
+class os_errors:
     """Translate an OSError of the data folder into a StorageError."""
-    try:
-        yield
-    except OSError as error:
-        raise translate(error) from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise translate(error) from error
 
 
 def translate(error: OSError) -> StorageError:

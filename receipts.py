@@ -156,7 +156,7 @@ class ReceiptLog:
 
     def _append_to_run(self, run: int, receipts: Sequence[Receipt]) -> None:
         log = self._open_log(run)
-        write_all(log.file.fd, b"".join(map(self._line, receipts)))
+        write_all(log.file.fd, b"".join(self._line(receipt, log) for receipt in receipts))
         if any(receipt.outcome != "rejected" for receipt in receipts):
             os.fsync(log.file.fd)
         if time.monotonic() - log.touched > _TOUCH_INTERVAL:
@@ -179,13 +179,13 @@ class ReceiptLog:
             self._logs.popitem(last=False)
         return log
 
-    def _line(self, receipt: Receipt) -> bytes:
+    def _line(self, receipt: Receipt, log: _Log) -> bytes:
         """Return the line of a receipt; it is stamped here, so that the lines of a log are in order of time."""
         received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         self._count += 1
         content = receipt.content | {
             "received_at": received_at,
-            "id": f"{received_at}-{self._count % 1_000_000:06}-{uuid.uuid4().hex[:8]}",
+            "id": f"{received_at}-{self._count % 1_000_000:06}-{log.name[:8]}",
         }
         return json.dumps(content).encode() + b"\n"
 

@@ -152,6 +152,7 @@ class UploadHeaders(NamedTuple):
     agent: str
     data_status: int
     sha256: str | None
+    file_name: str
 
     @classmethod
     def read(cls, headers: Headers) -> UploadHeaders:
@@ -162,17 +163,11 @@ class UploadHeaders(NamedTuple):
         status = headers.get("dataStatus", "0")
         if status not in ("0", "1", "2"):
             raise _wrong_header("header dataStatus", status, "must be 0, 1 (start of a set of data) or 2 (end)")
-        return cls(
-            run=check_number("header runNumber", headers.get("runNumber", "0"), storage.MAX_RUN),
-            time_stamp=check_time_stamp(headers.get("timeStamp", "0")),
-            agent=check_agent("header amoreAgent", headers["amoreAgent"]) if "amoreAgent" in headers else "",
-            data_status=int(status),
-            sha256=sha256 and sha256.lower(),
-        )
-
-    @property
-    def file_name(self) -> str:
-        return storage.file_name(self.agent, self.run, self.time_stamp)
+        run = check_number("header runNumber", headers.get("runNumber", "0"), storage.MAX_RUN)
+        time_stamp = check_time_stamp(headers.get("timeStamp", "0"))
+        agent = check_agent("header amoreAgent", headers["amoreAgent"]) if "amoreAgent" in headers else ""
+        name = storage.file_name(agent, run, time_stamp)
+        return cls(run, time_stamp, agent, int(status), sha256 and sha256.lower(), name)
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import threading
@@ -33,6 +34,9 @@ _RECOVERY_INTERVAL = 600.0  # seconds
 _SPACE_AGE = 1.0  # seconds for which an answer of statvfs is good
 
 
+_ids = itertools.count()
+
+
 class FileTooLarge(StorageError):
     """The upload has more bytes than a file may have."""
 
@@ -56,7 +60,7 @@ class Upload:
         self._is_incoming = True
         self.size = 0
         self._claim(announced)
-        self._id = uuid.uuid4().hex
+        self._id = str(next(_ids))  # unique in the writer's folder
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self.fd = os.open(self._id, flags, 0o666, dir_fd=writer.folder.fd)
