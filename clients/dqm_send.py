@@ -217,6 +217,8 @@ class Sender:
                 result = classify_answer(response.status, body, size, headers["sha256"])
         if result.acknowledged and not body_sent:
             return Result("failed", "HTTP 200 before all of the file was sent", result.status)
+        if result.acknowledged and address == FILES and result.filename is None:
+            return Result("failed", "HTTP 200 without a file name", result.status)
         return result
 
     def _send_body(self, sock: socket.socket, response: http.client.HTTPResponse, file: BinaryIO, size: int) -> bool:
@@ -307,7 +309,8 @@ def classify_success(answer: dict[str, Any], size: int, sha256: str) -> Result:
     if answer.get("sha256") != sha256 or answer.get("size") != size:
         return Result("failed", "HTTP 200, but for other bytes than were sent", 200)
     outcome = next((name for name in ("duplicate", "replaced") if answer.get(name) is True), "stored")
-    return Result(outcome, answer["message"], 200, answer.get("filename"))
+    filename = answer.get("filename")
+    return Result(outcome, answer["message"], 200, filename if isinstance(filename, str) else None)
 
 
 # --- a folder ----------------------------------------------------------------------------------------------------------
