@@ -643,7 +643,7 @@ def test_documented_import_works(fake: Callable[..., Fake], token_file: Path, ro
     program = token_file.with_name("program.py")
     program.write_text(adapted(example, {"https://dqm.example.org/": server.url, "hists.root": root_file.name}))
     environ = {**os.environ, "PYTHONPATH": str(CLIENT.parent)}
-    line = [sys.executable, program]
+    line = [sys.executable, str(program)]
     run = subprocess.run(line, cwd=program.parent, env=environ, capture_output=True, text=True, check=True)
     assert (run.stdout, len(server.requests)) == ("", 1)
 
