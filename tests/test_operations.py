@@ -1,0 +1,184 @@
+"""What operators get: alert rules, a dashboard, and docs/operations.md, against a real Prometheus and a real receiver."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from client import HEADERS, HISTOGRAMS, PROJECT, curl, post, settings, wait_until
+from server import Server, free_port
+
+DEPLOY = PROJECT / "deploy"
+DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+RULES = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
+QUERIES = {
+    f"{panel['title']} {target['refId']}": target["expr"]
+    for panel in DASHBOARD["panels"]
+    for target in panel["targets"]
+} | {rule["alert"]: rule["expr"] for rule in RULES}
+METRIC = re.compile(r"dqm_receiver_\w+")
+
+
+def promtool(*arguments: str, cwd: Path = DEPLOY) -> str:
+    """Run promtool and return its complaints."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    run = subprocess.run(["promtool", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    return "" if run.returncode == 0 else f"{run.returncode}: {run.stdout}{run.stderr}"
+
+
+class Prometheus:
+    """A real Prometheus that scrapes a server each second, with the scrape job of docs/operations.md."""
+
+    def __init__(self, base: Path, target: str) -> None:
+        if shutil.which("prometheus") is None:
+            pytest.skip("Prometheus is not installed")
+        (job,) = re.findall(r"```yaml\n(scrape_configs:.*?)```", OPERATIONS, re.DOTALL)
+        config = yaml.safe_load(job)
+        config["scrape_configs"][0] |= {"scrape_interval": "1s", "static_configs": [{"targets": [target]}]}
+        (base / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self.address = f"127.0.0.1:{free_port()}"
+        options = [f"--config.file={base}/prometheus.yml", f"--storage.tsdb.path={base}/tsdb"]
+        with (base / "prometheus.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                ["prometheus", *options, f"--web.listen-address={self.address}"], stdout=log, stderr=log
+            )
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Return the vector that an expression evaluates to; raises HTTPError for one that is wrong."""
+        text = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"http://{self.address}/api/v1/query?{text}", timeout=30) as answer:
+            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+            return result
+
+    def has(self, expression: str) -> bool:
+        with contextlib.suppress(OSError):  # it does not answer yet
+            return bool(self.query(expression))
+        return False
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A receiver that has accepted and refused files."""
+    base = tmp_path_factory.mktemp("busy")
+    server = Server(settings(base / "data"), base / "gunicorn.log", ("--workers", "1"))
+    yield server
+    server.stop()
+
+
+def use(server: Server) -> None:
+    """Have a file stored, one rejected and a request refused."""
+    post(server.port, HISTOGRAMS)
+    post(server.port, b"rubbish")
+    post(server.port, HISTOGRAMS, {**HEADERS, "token": "wrong"})
+
+
+@pytest.fixture(scope="module")
+def prometheus(busy: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus that has seen the receiver's counters grow."""
+    use(busy)
+    monitor = Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{busy.port}")
+    try:
+        wait_until(lambda: monitor.has("dqm_receiver_uploads_total > 0"), 60)
+        use(busy)
+        wait_until(lambda: monitor.has("increase(dqm_receiver_validation_seconds_count[1h]) > 0"), 60)
+        wait_until(lambda: monitor.has('increase(dqm_receiver_rejections_total{reason="token"}[1h]) > 0'), 60)
+        yield monitor
+    finally:
+        monitor.stop()
+
+
+# --- alert rules -------------------------------------------------------------------------------------------------------
+
+
+def test_alert_rules_pass_their_tests() -> None:
+    assert promtool("check", "rules", "alerts.yml") == ""
+    assert promtool("test", "rules", "alerts_test.yml") == ""
+
+
+def test_every_alert_has_a_test_that_fires() -> None:
+    tests = yaml.safe_load((DEPLOY / "alerts_test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in RULES}
+
+
+def test_every_alert_is_explained() -> None:
+    for rule in RULES:
+        assert f"| `{rule['alert']}` |" in OPERATIONS
+
+
+def test_documented_scrape_job_is_valid(tmp_path: Path) -> None:
+    (job,) = re.findall(r"```yaml\n(scrape_configs:.*?)```", OPERATIONS, re.DOTALL)
+    (tmp_path / "prometheus.yml").write_text(job)
+    assert promtool("check", "config", "prometheus.yml", cwd=tmp_path) == ""
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def families(text: str) -> dict[str, str]:
+    """Return the metrics of an exposition: name, as PromQL uses it, and type."""
+    found = dict(re.findall(r"^# TYPE (dqm_receiver_\w+) (\w+)$", text, re.MULTILINE))
+    for name in [name for name, kind in found.items() if kind == "histogram"]:
+        found |= {f"{name}_{part}": "histogram" for part in ("bucket", "count", "sum")}
+    return found
+
+
+def test_queries_use_only_exposed_metrics(busy: Server) -> None:
+    use(busy)
+    exposed = families(curl(f"{busy.url}/metrics", headers={}).body.decode())
+    for title, expression in QUERIES.items():
+        assert set(METRIC.findall(expression)) - {"dqm_receiver"} <= exposed.keys(), title
+
+
+def test_every_metric_is_explained(busy: Server) -> None:
+    use(busy)
+    exposed = families(curl(f"{busy.url}/metrics", headers={}).body.decode())
+    explained = set(re.findall(r"^\| `(dqm_receiver_\w+)", OPERATIONS, re.MULTILINE))
+    assert explained == {name for name in exposed if not re.search("_(bucket|count|sum)$", name)}
+
+
+def test_every_refusal_reason_is_explained(busy: Server) -> None:
+    use(busy)
+    text = curl(f"{busy.url}/metrics", headers={}).body.decode()
+    reasons = set(re.findall(r'^dqm_receiver_rejections_total\{.*reason="(\w+)"', text, re.MULTILINE))
+    assert {"token", "invalid_root_file"} <= reasons
+    assert reasons <= set(re.findall(r"`(\w+)`", OPERATIONS.partition("### Reasons")[2].partition("\n#")[0]))
+
+
+@pytest.mark.parametrize("title", QUERIES)
+def test_queries_work_in_prometheus(prometheus: Prometheus, title: str) -> None:
+    expression = QUERIES[title].replace("$folder", ".*").replace("$__rate_interval", "1h")
+    result = prometheus.query(expression)
+    if title.startswith("Dqm"):  # alerts: most are silent now, but without their threshold they must have values
+        result = prometheus.query(re.sub(r"(==|[<>]) [\d .*]+( or .*)?$", "", expression))
+    assert result, expression
+    assert all(sample["value"][1] != "NaN" for sample in result), result
+
+
+# --- the dashboard -----------------------------------------------------------------------------------------------------
+
+
+def test_dashboard_panels_do_not_overlap() -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert x < 24 and taken.setdefault((x, y), panel["title"]) == panel["title"]
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
