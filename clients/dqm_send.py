@@ -55,11 +55,12 @@ MISCONFIGURED_MESSAGES = (
     "Received token, but it is invalid!",
     "The request is not HTTP",
     "Bad request: not understood by the proxy",
+    "This port speaks TLS",
 )
 # … and these that the bytes were damaged on their way.
 DAMAGED_MESSAGES = ("The header sha256 differs", "The body ended")
-# Forbidden, no such address, wrong method, chunked body or coded content refused, moved for good: sending again changes nothing.
-MISCONFIGURED_STATUSES = (301, 308, 403, 404, 405, 411, 415)
+# Moved for good, forbidden, not found and the like: an answer about the request, which would be the same for any file.
+MISCONFIGURED_STATUSES = (301, 308, 403, 404, 405, 411, 414, 415, 431, 501, 505)
 
 
 class Upload(NamedTuple):

@@ -480,6 +480,8 @@ def test_uncertain_answers_are_tried_again(
         (error(403), "misconfigured"),
         (error(404), "misconfigured"),
         (http_answer(405, b"<html>"), "misconfigured"),
+        (error(431), "misconfigured"),
+        (error(501), "misconfigured"),
         (moved(301), "misconfigured"),
         (moved(308), "misconfigured"),
     ],
@@ -494,7 +496,8 @@ def test_final_answers_are_not_tried_again(
 
 def test_words_of_the_proxy_are_misconfigured(fake: Callable[..., Fake], send: Send, root_file: Path) -> None:
     site = (PROJECT / "deploy" / "nginx.conf").read_text()
-    messages = set(re.findall(r'return 400 .*"message": "(.*?)"', site))
+    messages = re.findall(r'(?:return 400 .*|"status": 400, )"message": "([^"$]+)"', site)
+    messages += re.findall(r'map \$status \S+ {\s*default "(.*?)"', site)
     assert messages
     for message in messages:
         done = send(fake(error(400, message)).url, *SENT_AS, root_file)
