@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,8 +17,11 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from client import HEADERS, HISTOGRAMS, PROJECT, curl, post, settings, wait_until
+from client import FILES, HEADERS, HISTOGRAMS, PROJECT, curl, post, settings, wait_until
 from server import Server, free_port
+from werkzeug.test import Client
+
+import receiver
 
 DEPLOY = PROJECT / "deploy"
 DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
@@ -169,6 +174,65 @@ def test_queries_work_in_prometheus(prometheus: Prometheus, title: str) -> None:
         result = prometheus.query(re.sub(r"(==|[<>]) [\d .*]+( or .*)?$", "", expression))
     assert result, expression
     assert all(sample["value"][1] != "NaN" for sample in result), result
+
+
+# --- docs/operations.md ------------------------------------------------------------------------------------------------
+
+
+def section(title: str) -> str:
+    return OPERATIONS.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_example_of_token_file_works(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```ini\n(.*?)```", section("Tokens"), re.DOTALL)
+    tokens = tmp_path / "tokens.ini"
+    tokens.write_text(example)
+    tokens.chmod(0o600)
+    environ = settings(tmp_path / "data", tokens_file=str(tokens))
+    del environ["DQM_RECEIVER_TOKEN"]
+    client = Client(receiver.create_app(environ))
+    headers = {**HEADERS, "token": "foo"}  # the sum of HLT
+    assert client.post(FILES, data=HISTOGRAMS, headers=headers).status_code == 200
+    headers["token"] = "bar"  # the sum of shifters
+    assert client.post(FILES, data=HISTOGRAMS, headers=headers).status_code == 403
+    assert client.get(FILES, headers={"token": "bar"}).status_code == 200
+
+
+def test_commands_for_a_missing_file_work(busy: Server, tmp_path: Path) -> None:
+    text = section("Why has run 300005 no EMC file?")
+    post(busy.port, HISTOGRAMS, {**HEADERS, "runNumber": "300005", "amoreAgent": "EMC"})
+    (tmp_path / "header").write_text(f"token: {HEADERS['token']}\n")
+    commands = re.findall("`(curl -H @header .*?)`", text, re.DOTALL)
+    assert len(commands) == 4
+    for command in commands:
+        line = command.replace("curl ", "curl -sSf ").replace("\n", " ")
+        environ = {**os.environ, "URL": f"{busy.url}/rest/api"}
+        run = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run
+        assert json.loads(run.stdout)
+
+
+def test_documented_greps_find_refusals(busy: Server, tmp_path: Path) -> None:
+    sent_as = {**HEADERS, "runNumber": "300005", "amoreAgent": "EMC"}
+    post(busy.port, HISTOGRAMS, {**sent_as, "timeStamp": "yesterday"})
+    post(busy.port, HISTOGRAMS, {**sent_as, "token": "wrong"})
+    text = section("Why has run 300005 no EMC file?")
+    greps = re.findall(r"grep (?:-E )?'[^']*'", text)
+    assert len(greps) == 2
+    refusals = "".join(f"{line}\n" for line in busy.log.read_text().splitlines() if "refused" in line)
+    for grep, reason in zip(greps, ("headers", "token"), strict=True):
+        found = subprocess.run(["sh", "-c", grep], input=refusals, capture_output=True, text=True, check=True).stdout
+        assert f'reason_class="{reason}"' in found
+
+
+def test_holder_of_the_lock_is_found(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    (command,) = re.findall(r"(grep .*) /proc/locks", OPERATIONS)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        line = f"{command} /proc/locks".replace("/srv/dqm/.lock", str(lock))
+        run = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert run.stdout.split()[4:5] == [str(os.getpid())]
 
 
 # --- the dashboard -----------------------------------------------------------------------------------------------------
