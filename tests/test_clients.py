@@ -662,8 +662,22 @@ def test_waits_grow_are_bounded_and_differ(
     assert len(set(waits)) > 1900
 
 
-def test_syntax_is_that_of_python_38() -> None:
+def test_runs_under_python_38(
+    fake: Callable[..., Fake], command: Command, root_file: Path, spool: Path, certificate: Path
+) -> None:
     ast.parse(CLIENT.read_text(), feature_version=(3, 8))
+    found = (shutil.which("python3.8"), *Path.home().glob(".pyenv/versions/3.8.*/bin/python"))
+    python = next(
+        (str(path) for path in found if path and subprocess.run([path, "-V"], check=False).returncode == 0), ""
+    )
+    if not python:
+        pytest.skip("Python 3.8 is not installed")
+    shutil.copy(root_file, spool)
+    server = fake(b"", error(503), acknowledgement, error(400), acknowledgement, tls=certificate)
+    for status, arguments in ((0, [root_file]), (1, [root_file]), (0, ["--spool", spool, "--once"])):
+        line = command(server.url, *SENT_AS, "--ca-file", certificate, *arguments)
+        run = subprocess.run([python, *line[1:]], capture_output=True, text=True, check=False)
+        assert run.returncode == status, run
 
 
 # --- dqm_send.py's spool -----------------------------------------------------------------------------------------------
