@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 from client import FILES, HEADERS, HISTOGRAMS, PROJECT, curl, post, settings, wait_until
-from server import Server, free_port
+from server import Server, adapted, free_port
 from werkzeug.test import Client
 
 import receiver
@@ -212,17 +213,30 @@ def test_commands_for_a_missing_file_work(busy: Server, tmp_path: Path) -> None:
         assert json.loads(run.stdout)
 
 
-def test_documented_greps_find_refusals(busy: Server, tmp_path: Path) -> None:
+def test_documented_grep_finds_refusals(busy: Server) -> None:
     sent_as = {**HEADERS, "runNumber": "300005", "amoreAgent": "EMC"}
     post(busy.port, HISTOGRAMS, {**sent_as, "timeStamp": "yesterday"})
     post(busy.port, HISTOGRAMS, {**sent_as, "token": "wrong"})
-    text = section("Why has run 300005 no EMC file?")
-    greps = re.findall(r"grep (?:-E )?'[^']*'", text)
-    assert len(greps) == 2
-    refusals = "".join(f"{line}\n" for line in busy.log.read_text().splitlines() if "refused" in line)
-    for grep, reason in zip(greps, ("headers", "token"), strict=True):
-        found = subprocess.run(["sh", "-c", grep], input=refusals, capture_output=True, text=True, check=True).stdout
-        assert f'reason_class="{reason}"' in found
+    (grep,) = re.findall("(grep -E '[^']*')", section("Why has run 300005 no EMC file?"))
+    lines = busy.log.read_text()
+    found = subprocess.run(["sh", "-c", grep], input=lines, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r'reason_class="(\w+)"', found) == ["headers", "token"]
+
+
+def test_documented_commands_add_an_agent(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```sh\n(umask.*?)```", section("Tokens"), re.DOTALL)
+    changes = {
+        "/opt/dqm-receiver/bin/dqm-receiver": f"{sys.executable} {PROJECT}/receiver.py",
+        "/etc/dqm-receiver/tokens.ini": str(tmp_path / "tokens.ini"),
+        "systemctl": ": ",
+    }
+    (tmp_path / "tokens.ini").write_text("[tokens]\n[agents]\n")
+    subprocess.run(["sh", "-ec", adapted(script, changes)], cwd=tmp_path, check=True)
+    environ = settings(tmp_path / "data", tokens_file=str(tmp_path / "tokens.ini"))
+    token = (tmp_path / "HLT.txt").read_text().splitlines()[2].strip()
+    answer = Client(receiver.create_app(environ)).post(FILES, data=HISTOGRAMS, headers={**HEADERS, "token": token})
+    assert answer.status_code == 200
+    assert (tmp_path / "HLT.txt").stat().st_mode & 0o777 == 0o600
 
 
 def test_holder_of_the_lock_is_found(tmp_path: Path) -> None:
