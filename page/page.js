@@ -453,7 +453,7 @@ class AgentsPanel {
       holds: false, // rows keep their place: they are sorted by name
       empty: `Nothing has arrived of run ${view.run}.`,
       columns: [
-        { name: "Agent" },
+        { name: "Agent", class: "name" },
         { name: "State" },
         { name: "Last arrival", class: "when" },
         { name: "Files", class: "number" },
@@ -461,7 +461,7 @@ class AgentsPanel {
         { name: "Rejected", class: "number" },
         { name: "Duplicates", class: "number" },
         { name: "Reused names", class: "number" },
-        { name: "Time stamps, first and last", class: "stamps" },
+        { name: "Time stamps", class: "stamps" },
       ],
       row: (item) => this.row(item),
     });
@@ -547,7 +547,7 @@ class UploadsPanel {
         { name: "Received", class: "when" },
         { name: "Outcome" },
         ...(ofAll ? [{ name: "Run" }] : []),
-        { name: "Agent", class: "" },
+        { name: "Agent", class: "long" },
         { name: "File, or why it was rejected", class: "long" },
         { name: "Size", class: "number" },
         { name: "Objects", class: "number" },
@@ -650,7 +650,7 @@ class AllUploadsView {
   constructor({ agent, outcome } = {}) {
     Object.assign(this, { agent, outcome, title: "All uploads" });
     this.panel = new UploadsPanel(this);
-    this.element = make("div", {}, make("div", { class: "head" }, make("h1", { tabindex: -1 }, this.title)), make("p", { class: "facts" }, "What is arriving now, and what was rejected, and why."), this.panel.element);
+    this.element = make("div", {}, make("div", { class: "head" }, make("h1", { tabindex: -1 }, this.title)), make("p", { class: "facts alone" }, "What is arriving now, and what was rejected, and why."), this.panel.element);
   }
 
   address({ agent, outcome }) {
@@ -1453,7 +1453,7 @@ function show(next, { focus = false } = {}) {
   }
   runs.show();
   if (!focus) return;
-  if (matchMedia("(max-width: 1000px)").matches) byId("runs").open = false;
+  if (matchMedia("(max-width: 1060px)").matches) byId("runs").open = false;
   window.scrollTo(0, 0);
   view.element.querySelector("h1")?.focus({ preventScroll: true });
 }
@@ -1596,8 +1596,8 @@ byId("skip").addEventListener("click", (event) => {
 byId("to-current").addEventListener("click", () => location.hash === "" && route());
 window.addEventListener("hashchange", () => byId("layout").hidden || route());
 
-byId("runs").open = !matchMedia("(max-width: 1000px)").matches;
-matchMedia("(max-width: 1000px)").addEventListener("change", (event) => {
+byId("runs").open = !matchMedia("(max-width: 1060px)").matches;
+matchMedia("(max-width: 1060px)").addEventListener("change", (event) => {
   byId("runs").open = !event.matches;
 });
 setInterval(tick, 1000);
