@@ -807,7 +807,9 @@ const MOST_DRAWN = 60; // drawings kept while out of sight
 const DRAWING_TIME = 15_000; // ms
 const CELLS_AT_ONCE = 1000;
 const DEEPEST = 20; // directories and collections in one another
-const GET_JSROOT = "npm pack jsroot@7.11.2 && tar -xzf jsroot-7.11.2.tgz --strip-components=2 package/build/jsroot.min.js";
+const GET_JSROOT =
+  "npm pack jsroot@7.11.2 && tar -xzf jsroot-7.11.2.tgz --strip-components=2 " +
+  "package/build/jsroot.min.js package/modules/base/zstd.mjs package/modules/base/lzma.mjs";
 
 class FileView {
   constructor(name) {
@@ -985,13 +987,14 @@ function prepared(JSROOT) {
   return JSROOT;
 }
 
-const COLLECTIONS = /^(TObjArray|TList|THashList|TOrdCollection|TSortedList|TClonesArray)$/;
+const COLLECTIONS = /^(TObjArray|TList|THashList|TClonesArray)$/;
 const DIRECTORIES = /^TDirectory(File)?$/;
 const FUNCTIONS = /^TF[123]$|^TF12$/;
 const DRAWN = new RegExp(
-  "^(T(H[123]|Profile|Graph|Cut|Efficiency|MultiGraph|HStack|Canvas|Pad|F[123]|F12|Scatter|Pie|Pave|Latex|MathText|Text|Line|PolyLine|" +
+  "^(T(H[123]|Profile|Graph|CutG|Efficiency|MultiGraph|HStack|Canvas|Pad|F[123]|F12|Scatter|Pie|Pave|Latex|MathText|Text|Line|PolyLine|" +
     "PolyMarker|Marker|Ellipse|Arc|Arrow|Box|Wbox|Spline|RatioPlot|Legend|Crown|CurlyLine|CurlyArc|Gaxis|Annotation)|Roo(Plot|Hist|Curve))",
 );
+const HELPERS = /^T(PaletteAxis|Frame|Exec)$/; // not drawn, or harmless
 const PARTS_OF_OBJECTS = ["fPrimitives", "fFunctions", "fHists", "fGraphs", "fItems"]; // what JSROOT draws along with them
 
 /** Whether JSROOT may draw the class, or its first base that is known. (A TTree or a list becomes HTML there.) */
@@ -1003,27 +1006,49 @@ function canBeDrawn(className, bases) {
   return false;
 }
 
-/** Take out what may not be drawn, wherever JSROOT would find it; return notes of what is not seen. */
-function prune(object, bases, depth = 0) {
-  const notes = [];
-  if (!object || typeof object !== "object" || depth > DEEPEST) return notes;
-  if (FUNCTIONS.test(object._typename) && !(object.fSave?.length > 3)) notes.push(object.fName || "(no name)");
+/** Make an object ready for JSROOT: take out what may not be drawn, wherever it would be found; return the functions among it. */
+function prepare(object, bases, depth = 0) {
+  if (!object || typeof object !== "object" || depth > DEEPEST) return [];
+  for (const owner of [object, object.fXaxis, object.fYaxis, object.fZaxis]) {
+    for (const field of ["fName", "fTitle"]) if (typeof owner?.[field] === "string") owner[field] = utf8(owner[field]);
+  }
+  const unseen = [];
+  if (FUNCTIONS.test(object._typename)) {
+    if (!(object.fSave?.length > 3)) unseen.push(object.fName || "(no name)");
+    object.evalPar = () => NaN; // JSROOT would compile the formula; so it takes the saved points
+  }
   for (const field of PARTS_OF_OBJECTS) {
     const list = object[field];
     if (!Array.isArray(list?.arr)) continue;
     for (let index = list.arr.length - 1; index >= 0; index--) {
       const part = list.arr[index];
-      const kept = part && (canBeDrawn(part._typename ?? "", bases) || /^T(Palette|Frame|Style|List|Exec|Button|Color|Att)/.test(part._typename));
-      const found = kept && !COLLECTIONS.test(part._typename) ? prune(part, bases, depth + 1) : [];
-      notes.push(...found);
-      // A function without saved points would have to be compiled.
-      if (!kept || COLLECTIONS.test(part._typename) || (FUNCTIONS.test(part._typename) && found.length)) {
-        list.arr.splice(index, 1);
-        list.opt?.splice(index, 1);
-      }
+      const className = part?._typename ?? "";
+      const drawn = canBeDrawn(className, bases) || HELPERS.test(className);
+      const found = drawn ? prepare(part, bases, depth + 1) : [];
+      unseen.push(...found);
+      if (drawn && !(FUNCTIONS.test(className) && found.length)) continue;
+      list.arr.splice(index, 1);
+      list.opt?.splice(index, 1);
     }
   }
-  return notes;
+  return unseen;
+}
+
+/** JSROOT takes each byte of a string for a character; ROOT's users mostly write UTF-8. */
+function utf8(text) {
+  if (!/[\x80-\xff]/.test(text) || /[^\x00-\xff]/.test(text)) return text;
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(text, (character) => character.charCodeAt(0)));
+  } catch {
+    return text;
+  }
+}
+
+/** Why JSROOT could not do it, in words. */
+function failureInWords(error) {
+  const text = String(error?.message ?? error);
+  const missing = /(zstd|lzma)\.mjs/.exec(text)?.[0];
+  return missing ? `it is compressed in a way for which JSROOT needs base/${missing} beside it` : text;
 }
 
 /** All drawings of a file: cells are made at once, and drawn when they come into view. */
@@ -1051,7 +1076,7 @@ class Drawings {
       this.showTop(root.fKeys);
     } catch (error) {
       if (this.closed) return;
-      if (!this.file.error) this.say(`The file could not be read: ${error?.message ?? error}`, "bad", () => this.open());
+      if (!this.file.error) this.say(`The file could not be read: ${failureInWords(error)}.`, "bad", () => this.open());
       else this.message.remove();
     }
   }
@@ -1170,13 +1195,13 @@ class Drawings {
     while (this.queue.size && !this.closed) {
       const [cell] = this.queue;
       this.queue.delete(cell);
-      await (cell.section ? this.open_(cell) : this.draw(cell));
+      await (cell.section ? this.openGroup(cell) : this.draw(cell));
       await new Promise((resolve) => setTimeout(resolve));
     }
     this.working = false;
   }
 
-  async open_(cell) {
+  async openGroup(cell) {
     const { section, item, depth } = cell;
     try {
       const items = await within(DRAWING_TIME, item.members());
@@ -1189,7 +1214,7 @@ class Drawings {
       this.find(this.wanted ?? "");
     } catch (error) {
       section.removeAttribute("data-waits");
-      section.append(make("p", { class: "empty" }, `It could not be read: ${error?.message ?? error}`));
+      section.append(make("p", { class: "empty" }, `It could not be read: ${failureInWords(error)}`));
     }
   }
 
@@ -1213,7 +1238,7 @@ class Drawings {
     } catch (error) {
       if (this.closed) return;
       this.JSROOT.cleanup(drawing);
-      this.explain(cell, this.file.error ? "No longer here." : `JSROOT could not draw it: ${error?.message ?? error}`);
+      this.explain(cell, this.file.error ? "No longer here." : `JSROOT could not draw it: ${failureInWords(error)}`);
       if (error instanceof Unreachable) cell.state = "waiting"; // drawn when it comes into view again
     }
   }
@@ -1226,12 +1251,12 @@ class Drawings {
   /** What is to be read in the place of a drawing, or below it. */
   inWords(object, item) {
     if (!object) return { message: "Empty." };
-    if (object._typename === "TObjString") return { message: object.fString };
+    if (object._typename === "TObjString") return { message: utf8(object.fString ?? "") };
     if (!canBeDrawn(object._typename ?? item.className, this.bases)) {
       const text = object.fVal !== undefined ? String(object.fVal) : object.fTitle;
-      return { message: text || `An object of class ${object._typename ?? item.className} is not drawn.` };
+      return { message: utf8(text ?? "") || `An object of class ${object._typename ?? item.className} is not drawn.` };
     }
-    const hidden = prune(object, this.bases);
+    const hidden = prepare(object, this.bases);
     const why = `${hidden.join(", ")}: a function is drawn only where its points are saved in the file, as its formula is not run here.`;
     if (hidden.length && FUNCTIONS.test(object._typename)) return { message: [object.fTitle && `${object.fTitle} — `, why].filter(Boolean).join("") };
     return { note: hidden.length ? `Without ${why}` : undefined };
@@ -1277,7 +1302,7 @@ function keyItems(keys, drawings) {
     if (!before || before.fCycle < key.fCycle) newest.set(key.fName, key);
   }
   return [...newest.values()].map((key) => {
-    const name = key.fName;
+    const name = utf8(key.fName);
     const className = key.fClassName;
     const read = () => readKey(drawings.root, key);
     if (DIRECTORIES.test(className)) {
@@ -1286,7 +1311,7 @@ function keyItems(keys, drawings) {
     if (COLLECTIONS.test(className)) {
       return { name, className, isGroup: true, members: async () => memberItems(await read()) };
     }
-    return { name, className, title: key.fTitle, read, refusal: () => refusal(key, drawings.bases) };
+    return { name, className, title: utf8(key.fTitle), read, refusal: () => refusal(key, drawings.bases) };
   });
 }
 
@@ -1302,10 +1327,10 @@ function memberItems(collection) {
   return members.flatMap((object, index) => {
     if (!object) return []; // a TObjArray may have holes
     const className = object._typename ?? "?";
-    const name = object.fName || object.name || `[${index}]`;
+    const name = utf8(object.fName || object.name || "") || `[${index}]`;
     const option = collection.opt?.[index];
     if (COLLECTIONS.test(className)) return [{ name, className, isGroup: true, members: async () => memberItems(object) }];
-    return [{ name, className, title: object.fTitle, option, read: async () => object }];
+    return [{ name, className, title: utf8(object.fTitle ?? ""), option, read: async () => object }];
   });
 }
 
@@ -1348,10 +1373,10 @@ async function showLarge(drawings, cell) {
   dialog.addEventListener("close", () => drawings.JSROOT.cleanup(drawing), { once: true });
   try {
     const object = await cell.item.read();
-    prune(object, drawings.bases);
+    prepare(object, drawings.bases);
     await drawings.JSROOT.draw(drawing, object, drawOption(object, cell.item));
   } catch (error) {
-    const text = drawings.file.error ? "The file is no longer here." : `JSROOT could not draw it: ${error?.message ?? error}`;
+    const text = drawings.file.error ? "The file is no longer here." : `JSROOT could not draw it: ${failureInWords(error)}`;
     drawing.replaceChildren(make("div", { class: "message" }, text));
   }
 }
