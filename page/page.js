@@ -157,6 +157,16 @@ async function getJson(path) {
   return content;
 }
 
+/** Get JSON; what the receiver does not know is empty. */
+async function getJsonOr(empty, path) {
+  try {
+    return await getJson(path);
+  } catch (error) {
+    if (error.status === 404) return empty;
+    throw error;
+  }
+}
+
 function query(path, parameters) {
   const given = Object.entries(parameters).filter(([, value]) => value !== undefined && value !== null && value !== "");
   return given.length ? `${path}?${new URLSearchParams(given)}` : path;
@@ -174,7 +184,7 @@ class Uploads {
   }
 
   async refresh() {
-    const page = await getJson(query(this.path, { limit: UPLOADS_AT_ONCE, ...this.filter }));
+    const page = await getJsonOr({ receipts: [], before: null }, query(this.path, { limit: UPLOADS_AT_ONCE, ...this.filter }));
     const overlaps = page.before === null || page.receipts.some((receipt) => this.receipts.has(receipt.id));
     if (!overlaps || this.before === undefined) {
       this.receipts.clear(); // more has come meanwhile than fits one page
@@ -371,7 +381,7 @@ class RunView {
   }
 
   async refreshSummary() {
-    this.summary = await getJson(`runs/${this.run}`);
+    this.summary = await getJsonOr({ agents: {}, missing: [] }, `runs/${this.run}`);
     const agents = Object.values(this.summary.agents);
     const last = latest(agents.map((agent) => agent.last_arrival));
     const files = sum(agents, "files");
@@ -425,7 +435,7 @@ function findProblems(view) {
   const entries = Object.entries(agents).map(([name, agent]) => ({ name, agent, state: stateOfAgent(agent, view.isCurrent) }));
   const named = (found) => found.map(({ name }, index) => [index > 0 && ", ", foreign(name)]).flat();
   const problems = [];
-  const say = (kind, title, ...text) => problems.push(make("li", { "data-kind": kind }, make("strong", {}, title), text.flat(2)));
+  const say = (kind, title, ...text) => problems.push(make("li", { "data-kind": kind }, make("strong", {}, title), " ", text));
   const unaccepted = entries.filter(({ state }) => state.short === "nothing accepted");
   const silent = entries.filter(({ state }) => state.short === "silent");
   const rejected = sum(Object.values(agents), "rejected");
@@ -836,10 +846,9 @@ class FileView {
   async refresh() {
     await Promise.all([this.refreshReceipt(), this.file.look()]);
     this.showState();
-    if (!this.drawings && !this.file.error) {
-      this.drawings = new Drawings(this.file, this.objects);
-      this.drawings.open(); // reports its own failures
-    }
+    if (this.file.error) return;
+    this.drawings ??= new Drawings(this.file, this.objects);
+    this.drawings.wake(); // reports its own failures
   }
 
   async refreshReceipt() {
@@ -1061,6 +1070,15 @@ class Drawings {
     this.message = make("p", { class: "notice" });
   }
 
+  /** Go on with what a lost connection has interrupted. */
+  wake() {
+    if (!this.opening && !this.root) this.opening = this.open();
+    for (const { cell } of this.element.querySelectorAll("figure[data-state=waiting], section[data-waits]")) {
+      if (cell.inView) this.queue.add(cell);
+    }
+    this.work();
+  }
+
   async open() {
     this.say("Opening the file …");
     try {
@@ -1076,20 +1094,16 @@ class Drawings {
       this.showTop(root.fKeys);
     } catch (error) {
       if (this.closed) return;
-      if (!this.file.error) this.say(`The file could not be read: ${failureInWords(error)}.`, "bad", () => this.open());
+      if (!this.file.error) this.say(`The file could not be read: ${failureInWords(error)}.`, "bad");
       else this.message.remove();
+      if (error instanceof Unreachable) this.opening = undefined;
     }
   }
 
-  say(text, kind, again) {
+  say(text, kind) {
     this.message.replaceChildren(text);
     if (kind) this.message.dataset.kind = kind;
     else delete this.message.dataset.kind;
-    if (again) {
-      const button = make("button", { type: "button" }, "Try again");
-      button.addEventListener("click", again);
-      this.message.append(" ", button);
-    }
     this.element.append(this.message);
   }
 
@@ -1160,7 +1174,8 @@ class Drawings {
       ),
       drawing,
     );
-    const cell = { item, figure, drawing, large, state: "waiting" };
+    const cell = { item, figure, drawing, large };
+    setState(cell, "waiting");
     large.addEventListener("click", () => showLarge(this, cell));
     figure.cell = cell;
     this.observer.observe(figure);
@@ -1182,7 +1197,7 @@ class Drawings {
     for (const { target, isIntersecting } of entries) {
       const { cell } = target;
       cell.inView = isIntersecting;
-      if (isIntersecting && cell.state !== "drawn" && cell.state !== "message") this.queue.add(cell);
+      if (isIntersecting && !["drawing", "drawn", "message"].includes(cell.state)) this.queue.add(cell);
       else if (!isIntersecting) this.queue.delete(cell);
     }
     this.work();
@@ -1213,6 +1228,7 @@ class Drawings {
       else this.showItems(items, section, 0, depth + 1);
       this.find(this.wanted ?? "");
     } catch (error) {
+      if (this.closed || error instanceof Unreachable) return;
       section.removeAttribute("data-waits");
       section.append(make("p", { class: "empty" }, `It could not be read: ${failureInWords(error)}`));
     }
@@ -1220,7 +1236,7 @@ class Drawings {
 
   async draw(cell) {
     const { item, drawing, figure } = cell;
-    cell.state = "drawing";
+    setState(cell, "drawing");
     try {
       const text = item.refusal?.();
       if (text) return this.explain(cell, text);
@@ -1231,7 +1247,7 @@ class Drawings {
       drawing.replaceChildren();
       await within(DRAWING_TIME, this.JSROOT.draw(drawing, object, drawOption(object, item)));
       if (note && !figure.querySelector(".note")) figure.append(make("p", { class: "note" }, note));
-      cell.state = "drawn";
+      setState(cell, "drawn");
       cell.large.hidden = false;
       this.drawn.add(cell);
       this.forget();
@@ -1239,13 +1255,14 @@ class Drawings {
       if (this.closed) return;
       this.JSROOT.cleanup(drawing);
       this.explain(cell, this.file.error ? "No longer here." : `JSROOT could not draw it: ${failureInWords(error)}`);
-      if (error instanceof Unreachable) cell.state = "waiting"; // drawn when it comes into view again
+      if (error instanceof Unreachable) setState(cell, "waiting"); // drawn when it comes into view again
     }
   }
 
   explain(cell, text) {
     cell.drawing.replaceChildren(make("div", { class: "message" }, text));
-    cell.state = "message";
+    for (const name of ["role", "aria-label"]) cell.drawing.removeAttribute(name); // it is text, not an image
+    setState(cell, "message");
   }
 
   /** What is to be read in the place of a drawing, or below it. */
@@ -1269,7 +1286,7 @@ class Drawings {
       if (cell.inView) continue;
       this.JSROOT.cleanup(cell.drawing);
       cell.drawing.replaceChildren(make("div", { class: "message" }, "…"));
-      cell.state = "waiting";
+      setState(cell, "waiting");
       this.drawn.delete(cell);
     }
   }
@@ -1277,7 +1294,9 @@ class Drawings {
   find(text) {
     this.wanted = text;
     const wanted = text.toLowerCase();
-    for (const figure of this.element.querySelectorAll("figure.object")) figure.hidden = !figure.cell.item.name.toLowerCase().includes(wanted);
+    for (const figure of this.element.querySelectorAll("figure.object")) {
+      figure.hidden = !figure.cell.item.name.toLowerCase().includes(wanted);
+    }
   }
 
   resize() {
@@ -1291,6 +1310,11 @@ class Drawings {
     for (const { drawing } of this.drawn) this.JSROOT.cleanup(drawing);
     byId("large").close();
   }
+}
+
+/** "waiting" to be seen, "drawing", "drawn", or a "message" in the place of a drawing. */
+function setState(cell, state) {
+  cell.state = cell.figure.dataset.state = state;
 }
 
 /** What a directory lists, newest cycles only. JSROOT reads by name, which a `;` or `/` in it would mislead: so by key. */
