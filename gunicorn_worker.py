@@ -19,9 +19,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import heapq
 import json
 import logging
 import os
+import resource
 import select
 import shutil
 import signal
@@ -53,9 +55,11 @@ DISCARD_BYTES = 1 << 20  # read of a refused body, unless the application allows
 DISCARD_TIMEOUT = 5.0  # seconds
 LINGER = 2.0  # seconds for the client to read its answer once no more of the body is read
 STOP_TIMEOUT = 10.0  # seconds for the client to read its answer when the worker stops
+SEND_BUFFER = 256 << 10  # bytes in the kernel; left alone, it takes 2.5 MB of answers that are not read
 MAX_UNSENT = 4 << 20  # bytes of an answer in memory
 NEXT_REQUEST = 0.02  # seconds in which the next request of a connection finds its thread still there
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the deadlines
+SPARE = 16  # connections that make room at once where there are too many
 RECV_SIZE = 8 << 10  # bytes
 METRICS_PREFIX = "dqm-receiver-"
 RESOURCE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -275,8 +279,12 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         self.wsgi = wsgi
 
     def run(self) -> None:
-        for listener in self.sockets:  # accepted connections inherit it
+        for listener in self.sockets:  # accepted connections inherit both
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(RATE_WINDOW), 0))
+        # Files for the uploads: a name and a temporary file each, and their folders.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 4 * self.cfg.threads
+        self.worker_connections = max(min(self.worker_connections, files), SPARE)
         super().run()
 
     # --- in the event loop -------------------------------------------------------------------------------------------
@@ -288,13 +296,22 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         try:
             accepted, client = listener.accept()
         except OSError as error:
-            if error.errno in RESOURCE_ERRORS:
-                time.sleep(0.1)  # until another connection ends; gunicorn's worker would end, and its uploads with it
+            if error.errno in RESOURCE_ERRORS:  # gunicorn's worker would end, and its uploads with it
+                self.worker_connections = max(self.nr_conns - SPARE, SPARE)  # the uploads need files, too
+                self.drop_oldest()
+                time.sleep(0.1)
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                 raise
             return
         self.nr_conns += 1
+        if self.nr_conns >= self.worker_connections:
+            self.drop_oldest()
         self.await_head(Connection(self.cfg, accepted, client, listener.getsockname()), HEAD_TIMEOUT)
+
+    def drop_oldest(self) -> None:
+        """Make room for new connections: end those that would be given up first."""
+        for conn in heapq.nsmallest(SPARE, self.waiting, key=lambda conn: conn.deadline):
+            self.end(conn)
 
     def wait(self, conn: Connection, events: int, callback: Callable[..., None], seconds: float) -> None:
         conn.deadline = time.monotonic() + seconds
