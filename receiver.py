@@ -77,7 +77,9 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_PAGE_FILES = ("index.html", "page.css", "page.js")
+_JSROOT_FILES = ("jsroot.min.js", "base/zstd.mjs", "base/lzma.mjs")
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
 
 
 # --- the application ---------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class Receiver:
             Route("/rest/api/openapi.json", "GET", self.describe_api, None, needs_token=False),
             Route("/metrics", "GET", self.show_metrics, None, needs_token=False),
             Route("/view/", "GET", self.show_page, None, needs_token=False),
-            Route("/view/<name>", "GET", self.show_page, None, needs_token=False),
+            Route("/view/<path:name>", "GET", self.show_page, None, needs_token=False),
         ]
         rules = [Rule(route.path, methods=[route.method], endpoint=route) for route in self.routes]
         rules.append(Rule("/", endpoint=Route("/", "", self.not_implemented, None)))
@@ -461,15 +463,19 @@ class Receiver:
         return Response(installed("openapi.json").read_bytes(), mimetype="application/json")
 
     def show_page(self, request: ReceiverRequest, name: str = "index.html") -> Response:
-        """GET /view/: give out the page for shifters and the three files beside it."""
+        """GET /view/: give out the page for shifters, the files beside it, and those of JSROOT that it loads."""
         if request.path == "/view":  # the page's own addresses are relative to /view/
             return Response(status=308, headers={"Location": f"{request.script_root}/view/"})
-        path = installed(f"page/{name}")
-        if name == "jsroot.min.js" and self.settings.jsroot:
+        if name in _PAGE_FILES:
+            path = installed(f"page/{name}")
+        elif name in _JSROOT_FILES and self.settings.jsroot:
             path = self.settings.jsroot / name
-        elif name not in ("index.html", "page.css", "page.js"):
+        else:
             raise NotFound
-        response = Response(path.read_bytes(), mimetype=_PAGE_TYPES[path.suffix], headers=_PAGE_HEADERS)
+        try:
+            response = Response(path.read_bytes(), mimetype=_PAGE_TYPES[path.suffix], headers=_PAGE_HEADERS)
+        except FileNotFoundError as error:
+            raise NotFound from error
         response.add_etag()
         return conditional(request, response)
 
@@ -574,7 +580,7 @@ def log(event: str, **facts: object) -> None:
 
 def installed(name: str) -> Path:
     """Return the path of a file that is given out: in a checkout, or where setup.cfg has it installed."""
-    path = Path(__file__).with_name(name)
+    path = Path(__file__).parent / name
     return path if path.exists() else Path(sysconfig.get_path("data"), "share", "dqm-receiver", name)
 
 
