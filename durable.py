@@ -82,6 +82,11 @@ class Descriptor:
             return False
         return os.path.samestat(now, self.status)
 
+    def require_writable(self) -> None:
+        """Raise StorageUnavailable where this process may not make names in the folder."""
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self.fd, effective_ids=True):
+            raise StorageUnavailable("The data folder cannot be used: it may not be written")
+
     def is_deleted(self) -> bool:
         """Return whether the file has no name any more."""
         return os.fstat(self.fd).st_nlink == 0
@@ -224,8 +229,11 @@ class FolderLock:
             try:
                 yield
             finally:
-                with os_errors():
+                try:
                     fcntl.flock(file.fd, fcntl.LOCK_UN)
+                except OSError as error:
+                    self._file = None  # closing it releases the lock, too
+                    raise translate(error) from error
         finally:
             self._threads.release()
 

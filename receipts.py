@@ -116,7 +116,7 @@ class ReceiptLog:
     """The logs of all runs below a data folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = Folder(".receipts", Folder(str(folder.absolute())))
+        self.folder = Folder(".receipts", Folder(str(folder.absolute())))
         self._begin_process()
         this = weakref.ref(self)
 
@@ -165,7 +165,7 @@ class ReceiptLog:
 
     def _open_log(self, run: int) -> _Log:
         """Return this process's log of a run; where the run's folder was archived or removed, a new one."""
-        receipts = self._folder.open()
+        receipts = self.folder.open()
         log = self._logs.get(run)
         if log and log.file.leads(f"{run}/{log.name}", receipts):
             self._logs.move_to_end(run)
@@ -194,21 +194,21 @@ class ReceiptLog:
     def runs(self) -> list[int]:
         """Return the runs that have receipts, sorted."""
         with os_errors():
-            if not self._folder.exists():
+            if not self.folder.exists():
                 return []
-            return sorted(int(name) for name in list_names(self._folder.open()) if _RUN.fullmatch(name))
+            return sorted(int(name) for name in list_names(self.folder.open()) if _RUN.fullmatch(name))
 
     def recent_runs(self) -> list[int]:
         """Return the runs that have receipts, most recently active first; a new run may be a second late."""
         made, runs = self._listing
         if time.monotonic() - made >= _LISTING_AGE:
             with os_errors():
-                runs = self._list_by_activity() if self._folder.exists() else []
+                runs = self._list_by_activity() if self.folder.exists() else []
             self._listing = time.monotonic(), runs
         return runs
 
     def _list_by_activity(self) -> list[int]:
-        listing = open_folder(".", self._folder.open())
+        listing = open_folder(".", self.folder.open())
         active = []
         with os.scandir(listing.fd) as entries:
             for entry in entries:
@@ -256,9 +256,9 @@ class ReceiptLog:
     def open_run(self, run: int) -> Descriptor:
         """Open the folder of a run; raises RunNotFound."""
         try:
-            if not self._folder.exists():
+            if not self.folder.exists():
                 raise FileNotFoundError
-            return open_folder(str(run), self._folder.open())
+            return open_folder(str(run), self.folder.open())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunNotFound(f"There is no run {run}") from error
 

@@ -251,6 +251,7 @@ class Receiver:
             if name not in request.headers:
                 raise RequestRefused(f"Must pass the header {name}!", "headers")
         headers = self.read_head(request)
+        self.receipts.folder.open()  # better 503 before the commit than after it
         with self.metrics.upload_in_progress(), self.recording_rejections(request, headers):
             with self.receive_body(request) as upload:
                 objects, validation_seconds = self.validate(request, upload, headers)
@@ -450,6 +451,7 @@ class Receiver:
     def health(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/health: say whether the folder can be written and has room."""
         self.storage.check_health()
+        self.receipts.folder.open(check=True).require_writable()
         return json_response({"status": 200, "message": "The data folder can be written and has room"})
 
     def show_metrics(self, request: ReceiverRequest) -> Response:
