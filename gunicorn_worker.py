@@ -499,7 +499,10 @@ def metrics_folder() -> str:
         return folder
     base = Path("/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else tempfile.gettempdir())
     for old in base.glob(f"{METRICS_PREFIX}[0-9]*-*"):  # of masters that were killed
-        if old.lstat().st_uid == os.geteuid() and not Path("/proc", old.name[len(METRICS_PREFIX) :].split("-")[0]).exists():
+        if (
+            old.lstat().st_uid == os.geteuid()
+            and not Path("/proc", old.name[len(METRICS_PREFIX) :].split("-")[0]).exists()
+        ):
             shutil.rmtree(old, ignore_errors=True)
     master = os.getpid()
     folder = tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}{master}-", dir=base)

@@ -267,7 +267,7 @@ class Receiver:
             )
             self.receipts.append(receipt)
         self.report(request, receipt)
-        answer = success(upload, objects) | {"filename": receipt.filename}
+        answer = success(upload, objects, headers.file_name)
         return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
     def check(self, request: ReceiverRequest) -> Response:
@@ -276,14 +276,12 @@ class Receiver:
         headers = self.read_head(request)
         with self.receive_body(request) as upload:
             objects, _ = self.validate(request, upload, headers)
-            answer = success(upload, objects)
-            if all(name in request.headers for name in REQUIRED_HEADERS):
-                answer["filename"] = headers.file_name
-                outcome = self.storage.compare(upload, headers.file_name)
-                answer |= {} if outcome == "stored" else {outcome: True}
+            name = headers.file_name if all(name in request.headers for name in REQUIRED_HEADERS) else None
+            outcome = self.storage.compare(upload, name) if name else "stored"
+            answer = success(upload, objects, name)
         self.metrics.count_check("valid")
         log("check", status=200, **request.facts, size=upload.size)
-        return json_response(answer)
+        return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
     def read_head(self, request: ReceiverRequest) -> UploadHeaders:
         """Check what can be checked before the body arrives; raises RequestRefused or FileTooLarge."""
@@ -518,17 +516,18 @@ def make_receipt(request: ReceiverRequest, headers: UploadHeaders, outcome: str,
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 
-def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject]) -> dict[str, Any]:
+def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str | None) -> dict[str, Any]:
     """Return the answer to a valid file, with at most 1 MiB of JSON about its objects."""
     described = {key: found.description for key, found in objects.items()}
-    answer = {"status": 200, "message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
+    answer = {"status": 200} | ({"filename": name} if name else {})
+    answer |= {"message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
     if (
         12 * sum(len(key) + len(text) + 1 for key, text in described.items()) > _MAX_RECEIVED
-    ):  # a character is 12 bytes at most
+    ):  # JSON: 12 bytes a character
         sizes = accumulate(len(json.dumps({key: text})) for key, text in described.items())
-        fitting = list(takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
-        if len(fitting) < len(described):
-            answer |= {"received": dict(islice(described.items(), len(fitting))), "truncated": True}
+        fitting = sum(1 for _ in takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
+        if fitting < len(described):
+            answer |= {"received": dict(islice(described.items(), fitting)), "truncated": True}
     return answer
 
 
