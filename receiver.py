@@ -519,7 +519,7 @@ def make_receipt(request: ReceiverRequest, headers: UploadHeaders, outcome: str,
 def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str | None) -> dict[str, Any]:
     """Return the answer to a valid file, with at most 1 MiB of JSON about its objects."""
     described = {key: found.description for key, found in objects.items()}
-    answer = {"status": 200} | ({"filename": name} if name else {})
+    answer: dict[str, Any] = {"status": 200} | ({"filename": name} if name else {})
     answer |= {"message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
     if (
         12 * sum(len(key) + len(text) + 1 for key, text in described.items()) > _MAX_RECEIVED
