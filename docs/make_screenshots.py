@@ -13,9 +13,9 @@ import uproot
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
 
-from browser import Chromium, Tab, jsroot_folder  # noqa: E402
-from client import HEADERS, post, settings  # noqa: E402
-from server import Server  # noqa: E402
+from browser import Chromium, Tab, jsroot_folder
+from client import HEADERS, post, settings
+from server import Server
 
 RUN = 300005
 AGENTS = "EMC HLT ITS TPC TRD ZDC"

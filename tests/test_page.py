@@ -18,8 +18,8 @@ from server import Server
 
 pytest.importorskip("playwright")
 
-from browser import AXE, Chromium, Tab, jsroot_folder, npm_package  # noqa: E402
-from playwright.sync_api import Page, expect  # noqa: E402
+from browser import AXE, Chromium, Tab, jsroot_folder, npm_package
+from playwright.sync_api import Page, expect
 
 expect.set_options(timeout=6_000)
 
