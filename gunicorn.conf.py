@@ -69,18 +69,25 @@ def when_ready(server: Any) -> None:
 def on_reload(server: Any) -> None:
     """On SIGHUP: read the token file again, or go on with the old tokens where there is a mistake."""
     import receiver
-    import storage
+    from durable import StorageError
 
     try:
-        server.app.callable.storage.check_disk()  # else the new application would make a folder whose disk is not mounted
+        server.app.callable.storage.check_folder()  # else the new application would make a folder whose disk is not mounted
         server.app.callable = receiver.create_app()
-    except (receiver.ConfigurationError, storage.StorageError, OSError) as error:
+    except (receiver.ConfigurationError, StorageError, OSError) as error:
         server.log.error("the tokens stay as they were: %s", error)
 
 
 def post_worker_init(worker: Any) -> None:
     """In a worker, before its first request; it may have taken the place of one that died amid uploads."""
-    worker.app.callable.storage.sweep()
+    from durable import StorageError
+
+    storage = worker.app.callable.storage
+    storage.recover()
+    try:
+        storage.check_health()
+    except StorageError as error:  # as with `--user`, where root has made the folder
+        worker.log.error("user %s cannot take uploads: %s", os.geteuid(), error)
 
 
 def child_exit(server: Any, worker: Any) -> None:

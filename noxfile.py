@@ -11,7 +11,7 @@ import nox
 nox.options.error_on_missing_interpreters = True
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def lowest() -> list[str]:
@@ -19,7 +19,7 @@ def lowest() -> list[str]:
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(Path(__file__).with_name("setup.cfg"))
     required = setup["options"]["install_requires"].split("\n")
-    return [re.sub(r"\s*>=\s*", "==", line) for line in required if ">=" in line]
+    return [re.sub(r"\s*>=\s*([^,]*).*", r"==\1", line) for line in required if ">=" in line]
 
 
 @nox.session(python=PYTHONS)

@@ -1,259 +1,133 @@
-"""The DQM receiver: agents push ROOT files over HTTP, it validates and stores them and gives them back.
+"""The DQM receiver: agents push ROOT files over HTTP; it validates and stores them, lists them and gives them back.
 
 `create_app(environ)` returns the WSGI application. It can be mounted in another one, run under gunicorn or called in tests.
+
+An upload is received, validated, committed, recorded and answered (`Receiver.receive`). storage.py explains the commit.
 """
 
 from __future__ import annotations
 
-import argparse
-import configparser
 import contextlib
-import hashlib
-import hmac
 import json
 import logging
 import os
-import re
-import secrets
-import stat
+import select
+import socket
 import sysconfig
 import threading
 import time
-from base64 import b64encode
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from itertools import accumulate
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from werkzeug.datastructures import Headers
-from werkzeug.exceptions import HTTPException, NotFound, PreconditionFailed, RequestEntityTooLarge
-from werkzeug.formparser import MultiPartParser
-from werkzeug.http import is_resource_modified, parse_dict_header
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import Map, Rule
-from werkzeug.sansio.utils import get_content_length
-from werkzeug.wrappers import Request, Response
-from werkzeug.wsgi import get_input_stream, wrap_file
+from werkzeug.wrappers import Response
 
 import rootcheck
 import storage
+from downloads import conditional, send_file
+from durable import StorageError, os_errors
+from receipts import OUTCOMES, Query, Receipt, ReceiptLog
+from receiver_metrics import Metrics
+from receiver_requests import (
+    FORM_OVERHEAD,
+    NO_FILE,
+    ClientGone,
+    FileRejected,
+    ReceiverRequest,
+    RequestRefused,
+    UploadHeaders,
+    check_agent,
+    check_number,
+    receive_form,
+)
+from receiver_settings import ConfigurationError, Settings
+from summaries import Summaries
+from uploads import FileTooLarge, Upload
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+__all__ = ["ConfigurationError", "Receiver", "create_app"]
+__version__ = "0.2.0"
+
 logger = logging.getLogger("dqm_receiver")
 
-_PREFIX = "DQM_RECEIVER_"
 _CHUNK = 1 << 18  # bytes read at once
-_FORM_CHUNK = 1 << 19  # the same of a form: what gunicorn has received beyond that it copies for the next reading
-_FORM_END = 256  # bytes in which the end of a form's last part fits: RFC 2046 allows a boundary 70
-_FORM_OVERHEAD = 1 << 20  # bytes a form may have beside its file
-_MAX_FORM_PARTS = 16
-REASON_CLASSES = ("not valid", "sha256", "no file", "too large", "form", "broken")
-_MAX_AGENTS = 100  # agents with metrics of their own
-OTHER_AGENTS = "(other)"  # no agent can have this name
-_MIN_DISCARD = 64 << 20  # bytes of a refused body that are read in any case, so that its sender sees the answer
+_REFUSED_BYTES, _REFUSED_SECONDS = 1 << 20, 5.0  # read of a refused body whose sender has no valid token
+_RATE_TIME = 60.0  # seconds over which a refused body must keep its minimum rate
+_MAX_RECEIVED = 1 << 20  # bytes of JSON that describe the objects of a file
 
 SUCCESS = "Successfully received file and extracted information"
 NO_TOKEN = "Must pass a token!"
 WRONG_TOKEN = "Received token, but it is invalid!"
 NOT_VALID = "Successfully received the file, but the file is not valid! Perhaps it was corrupted?"
-NO_FILE = "No file uploaded and the payload was empty"
 
+REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 
-# --- settings ----------------------------------------------------------------------------------------------------------
-
-
-class ConfigurationError(RuntimeError):
-    """A setting is missing or wrong; the text names it. (gunicorn prints a RuntimeError as one line and ends.)"""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the environment variables `DQM_RECEIVER_…` say; sizes in bytes."""
-
-    data_folder: Path
-    tokens: Mapping[str, tuple[bytes, ...]]  # by the sender's name: SHA-256 digests of its tokens
-    max_file_size: int
-    min_free_space: int  # to be left on the disk
-    max_rejected: int  # kept of invalid uploads
-    metrics: bool  # whether /metrics answers
-
-    @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings; raises ConfigurationError."""
-        metrics = environ.get(f"{_PREFIX}METRICS", "on")
-        if metrics not in ("on", "off"):
-            raise ConfigurationError(f"{_PREFIX}METRICS must be on or off, not {metrics!r}")
-        return cls(
-            data_folder=Path(environ.get(f"{_PREFIX}DATA_FOLDER") or "data"),
-            tokens=_read_tokens(environ.get(f"{_PREFIX}TOKEN"), environ.get(f"{_PREFIX}TOKENS_FILE")),
-            metrics=metrics == "on",
-            max_file_size=_read_size(environ, "MAX_FILE_SIZE", 2 << 30),
-            min_free_space=_read_size(environ, "MIN_FREE_SPACE", 1 << 30),
-            max_rejected=_read_size(environ, "MAX_REJECTED", 256 << 20),
-        )
-
-
-_TOKEN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-def _read_tokens(token: str | None, path: str | None) -> dict[str, tuple[bytes, ...]]:
-    """Return the digests of the one token and of those in the file: section [tokens], `name = sha256 [sha256 ...]`."""
-    tokens: dict[str, tuple[bytes, ...]] = {}
-    if token:
-        if token != token.strip() or "," in token or not token.isprintable():  # no header can carry that unchanged
-            raise ConfigurationError(
-                f"{_PREFIX}TOKEN has a comma, a control character, or a blank at its beginning or end"
-            )
-        tokens["default"] = (_digest(token.encode()),)
-    if path:
-        parser = configparser.ConfigParser(interpolation=None, delimiters="=")
-        parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
-        try:
-            parser.read_string(Path(path).read_text())
-            lines = dict(parser["tokens"])
-            readable_by_all = os.stat(path).st_mode & stat.S_IROTH
-        except OSError as error:
-            raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: {error.strerror}") from error
-        except (UnicodeDecodeError, configparser.Error, KeyError):  # whose texts quote the file
-            raise ConfigurationError(
-                f"{_PREFIX}TOKENS_FILE {path}: not a section [tokens] with lines `name = sha256 of the token, in hex`"
-            ) from None
-        for name, hashes in lines.items():
-            # No word of the line itself: somebody may have written the token there.
-            if not _TOKEN_NAME.fullmatch(name) or not re.fullmatch(r"\s*([0-9a-fA-F]{64}\s*)+", hashes):
-                raise ConfigurationError(
-                    f"{_PREFIX}TOKENS_FILE {path}: a line is not `name = sha256 of the token, in hex`"
-                )
-            tokens[name] = tokens.get(name, ()) + tuple(bytes.fromhex(one) for one in hashes.split())
-        if readable_by_all:
-            logger.warning("everybody on this host can read the token file %s", path)
-        if not lines:
-            raise ConfigurationError(f"{_PREFIX}TOKENS_FILE {path}: the section [tokens] is empty")
-    if not tokens:
-        raise ConfigurationError(f"{_PREFIX}TOKEN is not set: the receiver needs the token that senders pass")
-    return tokens
-
-
-def _digest(token: bytes) -> bytes:
-    return hashlib.sha256(token).digest()
-
-
-def _read_size(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(_PREFIX + name, str(default))
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise ConfigurationError(f"{_PREFIX}{name} must be a number of bytes, not {text!r}")
-    return int(text)
-
-
-# --- refusals ----------------------------------------------------------------------------------------------------------
-
-
-class Refusal(Exception):
-    """A request that is the sender's to mend: its class for the metrics, and why the file is not valid, where it is not."""
-
-    def __init__(self, message: str, *, reason_class: str = "request", reason: str | None = None) -> None:
-        super().__init__(message)
-        self.reason_class = reason_class
-        self.reason = reason
-
-
-# --- requests ----------------------------------------------------------------------------------------------------------
-
-
-class AgentRequest(Request):
-    """A request, with its body and the name of the token that it carries."""
-
-    def __init__(self, environ: WSGIEnvironment) -> None:
-        super().__init__(environ)
-        self.body = Body(environ)
-        self.sender = ""
-        self.noted = False  # whether the log has a line about it
-
-
-class Body:
-    """A request's body: what goes wrong while it is read is the sender's doing and no fault of ours."""
-
-    def __init__(self, environ: WSGIEnvironment) -> None:
-        self._stream = get_input_stream(environ)
-        self._length = get_content_length(environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")) or 0
-        self.received = 0  # bytes so far
-
-    def read_form(self, size: int) -> bytes:
-        """Like `read`, but the end comes apart: Werkzeug looks slowly through the piece with the last boundary in it."""
-        left = self._length - self.received
-        piece = self.read(min(size, left - _FORM_END) if left > _FORM_END else size)
-        # Of a piece that ends within the two dashes behind a boundary, Werkzeug takes the line break before it for content.
-        return piece + self.read(1) if piece.endswith(b"-") else piece
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            piece = self._stream.read(size)
-        except Exception as error:  # each server has its own for a connection that ends or stalls, or a malformed chunk
-            raise Refusal("The body ended before it was complete, or was malformed", reason_class="broken") from error
-        self.received += len(piece)
-        if not piece and self.received < self._length:  # gunicorn has no error for this
-            message = f"The body ended after {self.received} of {self._length} bytes"
-            raise Refusal(message, reason_class="broken")
-        return piece
-
-    def discard(self, limit: int) -> None:
-        """Read on, so that the sender, who may look for an answer only then, gets it and no broken connection."""
-        try:
-            while limit > 0 and (piece := self._stream.read(_CHUNK)):
-                limit -= len(piece)
-        except Exception:
-            logger.debug("the rest of a refused body could not be read", exc_info=True)
-
-
-class UploadHeaders(NamedTuple):
-    """What the headers of an upload say, checked."""
-
-    run: int
-    time_stamp: int  # Unix seconds
-    agent: str
-    data_status: int
-    sha256: str | None
-
-    @classmethod
-    def read(cls, headers: Headers) -> UploadHeaders:
-        """Check the headers; raises Refusal, naming the one that is missing or wrong."""
-        sha256 = headers.get("sha256")
-        if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-            raise Refusal("The header sha256 must be 64 hexadecimal digits")
-        return cls(
-            run=check_number("header runNumber", headers.get("runNumber"), storage.MAX_RUN),
-            time_stamp=check_number("header timeStamp", headers.get("timeStamp"), storage.LAST_TIME_STAMP),
-            agent=check_agent("header amoreAgent", headers.get("amoreAgent")),
-            data_status=check_number("header dataStatus", headers.get("dataStatus", "0"), 2),
-            sha256=sha256 and sha256.lower(),
-        )
-
-
-def check_number(what: str, text: str | None, largest: int) -> int:
-    if text is None:
-        raise Refusal(f"Must pass the {what}!")
-    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) > largest:
-        raise Refusal(f"The {what} must be a number from 0 to {largest}, in ASCII digits")
-    return int(text)
-
-
-def check_agent(what: str, text: str | None) -> str:
-    if text is None:
-        raise Refusal(f"Must pass the {what}!")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
-        raise Refusal(f"The {what} must be 1 to 64 of the characters A-Z, a-z, 0-9, - and _")
-    return text
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_PAGE_FILES = ("index.html", "page.css", "page.js")
+_JSROOT_FILES = ("jsroot.min.js", "base/zstd.mjs", "base/lzma.mjs")
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
 
 
 # --- the application ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Route:
+    """An address, the method that works there, its handler, and the query parameters that it knows (None: any)."""
+
+    path: str
+    method: str
+    handler: Callable[..., Response]
+    parameters: frozenset[str] | None = frozenset()
+    needs_token: bool = True
+
+
+class FairSlots:
+    """So many validations at once; senders that wait take turns (round robin), so each waits for its own uploads only."""
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[str, deque[threading.Event]] = OrderedDict()
+
+    @contextlib.contextmanager
+    def take(self, sender: str) -> Iterator[None]:
+        turn = threading.Event()
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                turn.set()
+            else:
+                self._waiting.setdefault(sender, deque()).append(turn)
+        turn.wait()
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._free += 1
+                return
+            sender, turns = self._waiting.popitem(last=False)
+            turns.popleft().set()
+            if turns:
+                self._waiting[sender] = turns  # behind the others
 
 
 class Receiver:
@@ -268,511 +142,470 @@ class Receiver:
                 min_free_space=settings.min_free_space,
                 max_rejected=settings.max_rejected,
             )
-        except OSError as error:
-            folder = settings.data_folder
-            raise ConfigurationError(f"{_PREFIX}DATA_FOLDER {folder} cannot be used: {error.strerror}") from error
+        except (OSError, StorageError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            folder = f"DQM_RECEIVER_DATA_FOLDER {settings.data_folder}"
+            raise ConfigurationError(f"{folder} cannot be used: {why}") from error
+        self.receipts = ReceiptLog(settings.data_folder)
+        self.summaries = Summaries(self.receipts)
+        self.metrics = Metrics(str(self.storage.folder))
         cores = len(os.sched_getaffinity(0))
-        # By `wsgi.multiprocess`: the processes of gunicorn.conf.py, four at the most, share the cores.
-        slots = {False: cores, True: max(1, cores // 4)}
-        self.validating = {several: threading.BoundedSemaphore(number) for several, number in slots.items()}
-        self.routes = Map(
-            [
-                Rule("/rest/api/files", methods=["POST"], endpoint=self.receive),
-                Rule("/rest/api/files", methods=["GET"], endpoint=self.list_or_send),
-                Rule("/rest/api/files/<name>", methods=["GET"], endpoint=self.send),
-                Rule("/rest/api/runs", methods=["GET"], endpoint=self.list_runs),
-                Rule("/rest/api/runs/<run>", methods=["GET"], endpoint=self.describe_run),
-                Rule("/rest/api/health", methods=["GET"], endpoint=self.health),
-                Rule("/rest/api/openapi.json", methods=["GET"], endpoint=self.describe_api),
-                Rule("/metrics", methods=["GET"], endpoint=self.metrics),
-                Rule("/", endpoint=self.not_implemented),
-            ],
-            strict_slashes=False,
-            merge_slashes=False,
-        )
+        # The processes of a server with several (gunicorn.conf.py: four at the most) share the cores.
+        self.slots = {False: FairSlots(cores), True: FairSlots(max(1, cores // 4))}
+        paged = frozenset({"limit", "before"})
+        of_receipts = paged | {"amoreAgent", "outcome"}
+        of_files = paged | {"filename", "runNumber", "amoreAgent"}
+        self.routes = [
+            Route("/rest/api/files", "POST", self.receive),
+            Route("/rest/api/check", "POST", self.check),
+            Route("/rest/api/files", "GET", self.list_files, of_files),
+            Route("/rest/api/files/<name>", "GET", self.send),
+            Route("/rest/api/runs", "GET", self.list_runs, paged),
+            Route("/rest/api/runs/<run>", "GET", self.describe_run),
+            Route("/rest/api/runs/<run>/receipts", "GET", self.list_receipts, of_receipts),
+            Route("/rest/api/receipts", "GET", self.list_receipts, of_receipts),
+            Route("/rest/api/health", "GET", self.health, None, needs_token=False),
+            Route("/rest/api/openapi.json", "GET", self.describe_api, None, needs_token=False),
+            Route("/metrics", "GET", self.show_metrics, None, needs_token=False),
+            Route("/view/", "GET", self.show_page, None, needs_token=False),
+            Route("/view/<path:name>", "GET", self.show_page, None, needs_token=False),
+        ]
+        rules = [Rule(route.path, methods=[route.method], endpoint=route) for route in self.routes]
+        rules.append(Rule("/", endpoint=Route("/", "", self.not_implemented, None)))
+        self._rules = Map(rules, strict_slashes=False, merge_slashes=False)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.wsgi_app(environ, start_response)
 
     def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        request = AgentRequest(environ)
+        request = ReceiverRequest(environ)
         try:
             response = self.dispatch(request)
-        except Exception as error:  # noqa: BLE001  one place turns whatever happens into an answer
-            response = refuse(request, error)
-            if request.method == "POST" and not request.noted:
-                logger.info(
-                    "refused status=%s sender=%s message=%s",
-                    *map(json.dumps, (response.status_code, request.sender, str(error))),
-                )
-            request.body.discard(max(self.settings.max_file_size, _MIN_DISCARD))
+        except Exception as error:  # noqa: BLE001  the one place that turns exceptions into answers
+            refusal = as_refusal(request, error)
+            self.record_refusal(request, refusal)
+            self.discard_body(request)
+            response = error_response(refusal)
         return response(environ, start_response)
 
-    def dispatch(self, request: AgentRequest) -> Response:
+    def dispatch(self, request: ReceiverRequest) -> Response:
         try:
-            handler, arguments = self.routes.bind("").match(request.path, request.method)
+            route, arguments = self._rules.bind("").match(request.path, request.method)
         except HTTPException:
-            self.check_token(request)  # without one, nobody learns what there is
+            self.authenticate(request)  # without a token, a client does not learn which addresses there are
             raise
-        if handler not in (self.health, self.metrics, self.describe_api):
-            request.sender = self.check_token(request)
-        response: Response = handler(request, **arguments)
+        if route.needs_token:
+            self.authenticate(request)
+        if route.parameters is not None:
+            for name in request.args:
+                if name not in route.parameters:
+                    known = ", ".join(sorted(route.parameters)) or "none"
+                    raise RequestRefused(f"The query parameter {name!r} is not known here; known: {known}", "query")
+        response: Response = route.handler(request, **arguments)
         return response
 
-    def check_token(self, request: AgentRequest) -> str:
-        """Return the name of the token that the request carries; every known one is compared, in constant time."""
+    def authenticate(self, request: ReceiverRequest) -> None:
+        """Find the token of a request; raises RequestRefused where it has none that is known, or may not do this."""
         token = request.headers.get("token")
         if not token:
-            raise Refusal(NO_TOKEN)
-        digest = _digest(token.encode("latin-1"))  # WSGI hands on a header's bytes as latin-1
-        tokens = self.settings.tokens.items()
-        names = [name for name, digests in tokens for known in digests if hmac.compare_digest(known, digest)]
-        if not names:
-            raise Refusal(WRONG_TOKEN)
-        return names[0]
+            where = ", not in Authorization" if "Authorization" in request.headers else ""
+            raise RequestRefused(NO_TOKEN, "token", reason=f"send the token in the header `token`{where}")
+        request.token = self.settings.find_token(token)
+        if request.token is None:
+            twice = "the header token came twice" if "," in token else None  # no token has a comma
+            raise RequestRefused(WRONG_TOKEN, "token", reason=twice)
+        if request.method not in ("GET", "HEAD") and request.path != "/" and not request.token.may_send:
+            raise RequestRefused(f"The token {request.token.name} may only read", "forbidden", status=403)
+
+    def record_refusal(self, request: ReceiverRequest, refusal: RequestRefused) -> None:
+        """Count a refusal and write its line to the log."""
+        if request.is_check:
+            self.metrics.count_check("refused")
+        else:
+            self.metrics.count_rejection(refusal.reason_class)
+        if not request.is_logged:
+            log(
+                "refused",
+                status=refusal.status,
+                method=request.method,
+                path=request.path,
+                **request.facts,
+                reason_class=refusal.reason_class,
+                reason=refusal.reason or str(refusal),
+            )
+
+    def discard_body(self, request: ReceiverRequest) -> None:
+        """Have the rest of a refused body read, for its sender to see the answer: much of a sender's with a token, else little."""
+        limit = self.settings.max_file_size + FORM_OVERHEAD - request.body.received if request.token else 0
+        discard = request.environ.get("dqm_receiver.discard")  # gunicorn_worker.py reads on after the answer
+        if discard is None:
+            request.body.discard(limit or _REFUSED_BYTES, _RATE_TIME if limit else _REFUSED_SECONDS)
+        elif limit > 0:
+            discard(limit)
 
     # --- receiving a file ----------------------------------------------------------------------------------------------
 
-    def receive(self, request: AgentRequest) -> Response:
-        """POST /rest/api/files: validate and store a file."""
-        began = time.monotonic()
+    def receive(self, request: ReceiverRequest) -> Response:
+        """POST /rest/api/files: receive the body, validate, commit, record, answer."""
+        for name in REQUIRED_HEADERS:
+            if name not in request.headers:
+                raise RequestRefused(f"Must pass the header {name}!", "headers")
+        headers = self.read_head(request)
+        with self.metrics.upload_in_progress(), self.recording_rejections(request, headers):
+            with self.receive_body(request) as upload:
+                objects, validation_seconds = self.validate(request, upload, headers)
+                outcome = self.storage.commit(upload, headers.file_name)
+            receipt = make_receipt(
+                request,
+                headers,
+                outcome,
+                size=upload.size,
+                sha256=upload.sha256,
+                objects=len(objects),
+                validation_seconds=validation_seconds,
+            )
+            self.receipts.append(receipt)
+        self.report(request, receipt)
+        answer = success(upload, objects) | {"filename": receipt.filename}
+        return json_response(answer if outcome == "stored" else answer | {outcome: True})
+
+    def check(self, request: ReceiverRequest) -> Response:
+        """POST /rest/api/check: answer what the upload would be answered, and store nothing."""
+        request.is_check = True
+        headers = self.read_head(request)
+        with self.receive_body(request) as upload:
+            objects, _ = self.validate(request, upload, headers)
+            answer = success(upload, objects)
+            if all(name in request.headers for name in REQUIRED_HEADERS):
+                answer["filename"] = headers.file_name
+                outcome = self.storage.compare(upload, headers.file_name)
+                answer |= {} if outcome == "stored" else {outcome: True}
+        self.metrics.count_check("valid")
+        log("check", status=200, **request.facts, size=upload.size)
+        return json_response(answer)
+
+    def read_head(self, request: ReceiverRequest) -> UploadHeaders:
+        """Check what can be checked before the body arrives; raises RequestRefused or FileTooLarge."""
+        encoding = request.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            message = f"The body has the Content-Encoding {encoding!r}: send it as it is"
+            raise RequestRefused(message, "encoding", status=415)
+        if "Transfer-Encoding" in request.headers and not request.environ.get("wsgi.input_terminated"):
+            message = "The server does not hand on a chunked body: send it with a Content-Length"
+            raise RequestRefused(message, "length_required", status=411)
         headers = UploadHeaders.read(request.headers)
-        name = storage.file_name(headers.agent, headers.run, headers.time_stamp)
-        request.noted = True
-        receipt: dict[str, Any] = {
-            "received_at": storage.now(),
-            "outcome": "rejected",
-            "filename": name,
-            "run": headers.run,
-            "time_stamp": headers.time_stamp,
-            "agent": headers.agent,
-            "data_status": headers.data_status,
-            "sender": request.sender,
-            "size": 0,
-            "sha256": None,
-            "objects": None,
-            "reason": None,
-            "reason_class": None,
-            "seconds": None,
-            "validation_seconds": None,
-        }
-        uploads: list[storage.Upload] = []
+        expected, token = self.settings.agents, request.token
+        if headers.agent and expected and headers.agent not in expected:
+            message = f"The agent {headers.agent} is not expected here; expected: {' '.join(expected)}"
+            raise RequestRefused(message, "agent")
+        if headers.agent and token and token.agents and headers.agent not in token.agents:
+            message = f"The token {token.name} may send as {' '.join(token.agents)}, not as {headers.agent}"
+            raise RequestRefused(message, "forbidden", status=403)
+        if (request.content_length or 0) > self.settings.max_file_size + (FORM_OVERHEAD if request.is_form else 0):
+            raise FileTooLarge(self.settings.max_file_size)
+        return headers
+
+    @contextlib.contextmanager
+    def recording_rejections(self, request: ReceiverRequest, headers: UploadHeaders) -> Iterator[None]:
+        """Append a receipt for an upload that its sender must correct; faults of the receiver say nothing about the file."""
         try:
-            upload = self.take_in(request, uploads)
-            receipt.update(size=upload.size, sha256=upload.sha256)
-            objects = self.check(upload, headers, receipt, request.is_multiprocess)
-            receipt["objects"] = len(objects)
-            answer = {
-                "status": 200,
-                "filename": name,
-                "message": SUCCESS,
-                "received": {key: found.description for key, found in objects.items()},
-                "size": upload.size,
-                "sha256": upload.sha256,
-            }
-            self.storage.accept(upload, receipt, began)
-        except Exception as error:
-            self.record_failure(receipt, error, began)
+            yield
+        except ClientGone:
             raise
-        finally:
-            for begun in uploads:
-                begun.discard()
-        log_upload(receipt)
-        if receipt["outcome"] != "stored":
-            answer[receipt["outcome"]] = True
-        return answer_json(answer)
+        except (RequestRefused, FileTooLarge) as error:
+            refusal = as_refusal(request, error)
+            facts = error.facts if isinstance(error, FileRejected) else {}
+            reason = refusal.reason or str(refusal)
+            receipt = make_receipt(
+                request, headers, "rejected", reason=reason[:1000], reason_class=refusal.reason_class, **facts
+            )
+            try:
+                self.receipts.append(receipt)
+            except StorageError:
+                logger.exception("a rejected upload could not be recorded")
+            self.report(request, receipt, refusal.status)
+            raise
 
-    def take_in(self, request: AgentRequest, uploads: list[storage.Upload]) -> storage.Upload:
-        """Write the body to an upload, one of those begun and noted in `uploads`, without having it in memory."""
-        length = request.content_length
-        if length is not None:
-            if length > self.settings.max_file_size + (_FORM_OVERHEAD if is_form(request) else 0):
-                raise storage.FileTooLarge(self.settings.max_file_size)
-            self.storage.check_room(length)
+    @contextlib.contextmanager
+    def receive_body(self, request: ReceiverRequest) -> Iterator[Upload]:
+        """Stream the request body, or the part `file` of a multipart form, to a new upload."""
+        announced = min(request.content_length or 0, self.settings.max_file_size)
+        with self.storage.new_upload(announced) as upload:
+            if request.is_form:
+                receive_form(request, upload)
+            else:
+                while piece := request.body.read(_CHUNK):
+                    upload.write(piece)
+            if not upload.size:
+                reason = "the part `file` is empty" if request.is_form else "the request has no body"
+                raise RequestRefused(NO_FILE, "empty", reason=reason)
+            yield upload
 
-        def begin(*_: object, **__: object) -> Any:
-            if sum(upload.size for upload in uploads) > self.settings.max_file_size:
-                raise storage.FileTooLarge(self.settings.max_file_size)
-            uploads.append(self.storage.new_upload())
-            return uploads[-1]
-
-        if is_form(request):
-            return self.take_in_form(request, begin)
-        upload: storage.Upload = begin()
-        while piece := request.body.read(_CHUNK):
-            upload.write(piece)
-        if not upload.size:
-            raise Refusal(NO_FILE, reason_class="no file")
-        return upload
-
-    def take_in_form(self, request: AgentRequest, begin: Callable[..., Any]) -> storage.Upload:
-        """Have the parts of a form written to uploads and return that of the part `file`."""
-        boundary = request.mimetype_params.get("boundary", "")
-        if not boundary or not boundary.isascii():
-            raise Refusal("The form is malformed: it has no boundary of ASCII", reason_class="form")
-        parser = MultiPartParser(
-            stream_factory=begin,
-            max_form_memory_size=_FORM_OVERHEAD,
-            max_form_parts=_MAX_FORM_PARTS,
-            buffer_size=_FORM_CHUNK,
-        )
-        try:
-            body = cast(IO[bytes], SimpleNamespace(read=request.body.read_form))
-            fields, files = parser.parse(body, boundary.encode(), request.content_length)
-        except ValueError as error:
-            if not request.body.received:
-                raise Refusal(NO_FILE, reason_class="no file") from error
-            what = "the head of a part (a file name?) is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-            raise Refusal(f"The form is malformed: {what}", reason_class="form") from error
-        except RequestEntityTooLarge as error:
-            limits = f"{_MAX_FORM_PARTS} parts or {_FORM_OVERHEAD} bytes of fields"
-            raise Refusal(f"The form has more than {limits}", reason_class="form") from error
-        parts = files.getlist("file")
-        if "file" in fields:
-            raise Refusal("The part file has no file name and so is a field, not a file", reason_class="form")
-        if len(parts) > 1:
-            raise Refusal("The form has more than one part named file", reason_class="form")
-        upload = cast(storage.Upload, parts[0].stream) if parts else None
-        if upload is None or not upload.size:
-            raise Refusal(f"{NO_FILE}: a form must have a part named file, with the file", reason_class="no file")
-        return upload
-
-    def check(
-        self, upload: storage.Upload, headers: UploadHeaders, receipt: dict[str, Any], several: bool
-    ) -> dict[str, rootcheck.RootObject]:
-        """Return the objects in an upload; raises Refusal where it is not what was sent or not a valid ROOT file."""
+    def validate(
+        self, request: ReceiverRequest, upload: Upload, headers: UploadHeaders
+    ) -> tuple[dict[str, rootcheck.RootObject], float]:
+        """Return the objects in an upload and the seconds that it took; raises FileRejected."""
         if headers.sha256 is not None and headers.sha256 != upload.sha256:
             message = f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}"
-            raise Refusal(message, reason_class="sha256")
-        with self.validating[several], storage.os_errors():
+            raise FileRejected(message, "sha256", upload)
+        with self.slots[request.is_multiprocess].take(request.token.name if request.token else ""), os_errors():
+            if is_client_gone(request):
+                raise ClientGone
             began = time.monotonic()
             try:
-                return rootcheck.check_root_file(upload.path)
+                return rootcheck.check_root_file(upload.fd), round(time.monotonic() - began, 6)
             except rootcheck.InvalidRootFile as error:
                 reason = str(error)
             finally:
-                receipt["validation_seconds"] = round(time.monotonic() - began, 6)
-        try:
-            self.storage.reject(upload, receipt["filename"])
-        except (OSError, storage.StorageError):
-            logger.exception("an invalid upload could not be kept")
-        raise Refusal(NOT_VALID, reason_class="not valid", reason=reason)
-
-    def record_failure(self, receipt: dict[str, Any], error: Exception, began: float) -> None:
-        """Note in receipts and log why an upload failed; what is no verdict on it, as a full disk, in the log only."""
-        receipt.update(outcome="refused", reason=str(error), seconds=round(time.monotonic() - began, 6))
-        if isinstance(error, Refusal):
-            receipt.update(outcome="rejected", reason=error.reason or str(error), reason_class=error.reason_class)
-        elif isinstance(error, storage.FileTooLarge):
-            receipt.update(outcome="rejected", reason_class="too large")
-        elif not isinstance(error, storage.StorageError):
-            receipt["reason"] = repr(error)
-        if receipt["outcome"] == "rejected":
+                seconds = round(time.monotonic() - began, 6)
+                self.metrics.observe_validation(seconds)
+        if request.mimetype == "application/x-www-form-urlencoded":
+            reason += "; `curl -d @file` drops line ends: use `--data-binary @file` or `-F file=@file`"
+        rejected = FileRejected(NOT_VALID, "invalid_root_file", upload, reason, seconds)
+        if not request.is_check:
             try:
-                self.storage.check_disk()  # which an upload that was refused before it began has not met
-                self.storage.append_receipt(receipt, began)
-            except (OSError, storage.StorageError):
-                logger.exception("a rejected upload could not be noted in the receipts")
-        log_upload(receipt)
+                self.storage.quarantine(upload, headers.file_name)
+            except StorageError:
+                logger.exception("an invalid upload could not be kept")
+        raise rejected
+
+    def report(self, request: ReceiverRequest, receipt: Receipt, status: int = 200) -> None:
+        """Count an upload that has a receipt and write its line to the log."""
+        self.metrics.count_upload(receipt.agent, receipt.outcome, receipt.size, receipt.seconds)
+        reasons = {"reason_class": receipt.reason_class, "reason": receipt.reason} if receipt.reason else {}
+        facts = request.facts | {"filename": receipt.filename, "size": receipt.size, "seconds": receipt.seconds}
+        log("upload", outcome=receipt.outcome, status=status, **facts, **reasons)
+        request.is_logged = True
 
     # --- giving files back ---------------------------------------------------------------------------------------------
 
-    def list_or_send(self, request: AgentRequest) -> Response:
+    def list_files(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/files: list the accepted files, or send the one named in the query."""
-        query = {name: only_one(request, name) for name in ("filename", "runNumber", "amoreAgent")}
-        if query["filename"] is not None:
-            return self.send(request, query["filename"])
-        run = agent = None
-        if query["runNumber"] is not None:
-            run = check_number("query runNumber", query["runNumber"], storage.MAX_RUN)
-        if query["amoreAgent"] is not None:
-            agent = check_agent("query amoreAgent", query["amoreAgent"]).replace("_", "-")
-        names = self.storage.names(lambda its_agent, its_run: agent in (None, its_agent) and run in (None, its_run))
-        return answer_json({"files": names})
+        name = request.parameter("filename")
+        if name is not None:
+            return self.send(request, name)
+        run, agent = request.parameter("runNumber"), request.parameter("amoreAgent")
+        wanted_run = None if run is None else check_number("query runNumber", run, storage.MAX_RUN)
+        wanted_agent = None if agent is None else check_agent("query amoreAgent", agent).replace("_", "-")
+        names = self.storage.file_names(lambda agent, run: wanted_agent in (None, agent) and wanted_run in (None, run))
+        limit, before = request.page
+        if limit is None:
+            return json_response({"files": names})
+        names = [name for name in reversed(names) if before is None or name < before]
+        return json_response({"files": names[:limit], "before": names[limit - 1] if len(names) > limit else None})
 
-    def send(self, request: AgentRequest, name: str) -> Response:
-        """GET /rest/api/files/<name>: send a file, or what of it the request asks for."""
-        file = self.storage.open(name)
+    def send(self, request: ReceiverRequest, name: str) -> Response:
+        """GET /rest/api/files/<name>: send a file, or the part of it that the request asks for."""
         try:
-            return send_file(request, file)
+            file = self.storage.open(name)
+        except storage.FileNotStored:
+            run = storage.run_of(name)
+            if run is not None and self.summaries.has_accepted(run, name):
+                raise storage.FileNotStored(f"The file {name} was received and has since been taken away") from None
+            raise
+        try:
+            return send_file(request, file, name)
         except BaseException:
             file.close()
             raise
 
     # --- saying what arrived -------------------------------------------------------------------------------------------
 
-    def list_runs(self, request: AgentRequest) -> Response:
-        """GET /rest/api/runs: list the runs of which something has come."""
-        response = answer_json({"runs": self.storage.runs()})
-        response.add_etag()
-        return if_changed(request, response)
+    def list_runs(self, request: ReceiverRequest) -> Response:
+        """GET /rest/api/runs: list the runs that have receipts."""
+        limit, before = request.page
+        if limit is None:
+            return conditional(request, json_response({"runs": self.receipts.runs()}))
+        runs = self.receipts.recent_runs()
+        if before is not None:
+            number = check_number("query before", before, storage.MAX_RUN)
+            runs = runs[runs.index(number) + 1 :] if number in runs else []
+        content = {"runs": runs[:limit], "before": runs[limit - 1] if len(runs) > limit else None}
+        return conditional(request, json_response(content))
 
-    def describe_run(self, request: AgentRequest, run: str) -> Response:
-        """GET /rest/api/runs/<run>: say what has come, by agent."""
+    def describe_run(self, request: ReceiverRequest, run: str) -> Response:
+        """GET /rest/api/runs/<run>: say what has arrived, by agent."""
         number = check_number("run in the path", run, storage.MAX_RUN)
-        tag = self.storage.receipts_tag(number)
-        response = Response(mimetype="application/json")
-        response.set_etag(tag)
-        if if_changed(request, response).status_code == 304:
+        etag = self.receipts.etag(number)
+        if response := not_modified(request, etag):
             return response
-        record = self.storage.run(number)
-        with record.lock:
-            agents = {agent: describe_agent(of_run) for agent, of_run in sorted(record.agents.items())}
-        started = [agent for agent in agents.values() if agent["started"]]
-        complete = bool(started) and all(agent["ended"] for agent in started)
-        content = {"run": number, "complete": complete, "agents": agents}
-        response.set_data(json.dumps(content) + "\n")
-        return response
+        agents = self.summaries.agents(number)
+        missing = [agent for agent in self.settings.agents if agent not in agents]
+        return json_response({"run": number, "agents": agents, "missing": missing}, etag=etag)
 
-    def health(self, request: AgentRequest) -> Response:
+    def list_receipts(self, request: ReceiverRequest, run: str | None = None) -> Response:
+        """GET /rest/api/receipts, GET /rest/api/runs/<run>/receipts: list the newest receipts."""
+        number = None if run is None else check_number("run in the path", run, storage.MAX_RUN)
+        limit, before = request.page
+        agent, outcome = request.parameter("amoreAgent"), request.parameter("outcome")
+        if outcome is not None and outcome not in OUTCOMES:
+            raise RequestRefused(f"The query outcome must be one of {', '.join(OUTCOMES)}", "query")
+        query = Query(limit or 100, before, agent and check_agent("query amoreAgent", agent), outcome)
+        etag = self.receipts.etag(number)
+        if response := not_modified(request, etag):
+            return response
+        receipts, before = self.receipts.newest(number, query)
+        return json_response({"receipts": [receipt.content for receipt in receipts], "before": before}, etag=etag)
+
+    def health(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/health: say whether the folder can be written and has room."""
-        try:
-            self.storage.check_health()
-        except (OSError, storage.StorageError) as error:
-            # Nobody needs a token here, and an OSError's text has the path of the folder.
-            message = f"The data folder does not work: {error.strerror}" if isinstance(error, OSError) else str(error)
-            return answer_json({"status": 503, "message": message, "received": None}, 503)
-        return answer_json({"status": 200, "message": "The data folder can be written and has room"})
+        self.storage.check_health()
+        return json_response({"status": 200, "message": "The data folder can be written and has room"})
 
-    def metrics(self, request: AgentRequest) -> Response:
+    def show_metrics(self, request: ReceiverRequest) -> Response:
         """GET /metrics: say it in numbers, for Prometheus."""
         if not self.settings.metrics:
             raise NotFound
-        registry = CollectorRegistry()
-        registry.register(Collector(self.storage))
-        return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(self.metrics.render(self.storage.free_space()), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    def describe_api(self, request: AgentRequest) -> Response:
-        """GET /rest/api/openapi.json: give out openapi.yaml, which is JSON and so YAML, too."""
-        path = Path(__file__).with_name("openapi.yaml")  # in a checkout; else where setup.cfg has it installed
-        if not path.exists():
-            path = Path(sysconfig.get_path("data"), "share", "dqm-receiver", path.name)
-        return Response(path.read_bytes(), mimetype="application/json")
+    def describe_api(self, request: ReceiverRequest) -> Response:
+        """GET /rest/api/openapi.json: describe this interface."""
+        return Response(installed("openapi.json").read_bytes(), mimetype="application/json")
 
-    def not_implemented(self, request: AgentRequest) -> Response:
+    def show_page(self, request: ReceiverRequest, name: str = "index.html") -> Response:
+        """GET /view/: give out the page for shifters, the files beside it, and those of JSROOT that it loads."""
+        if request.path == "/view":  # the page's own addresses are relative to /view/
+            return Response(status=308, headers={"Location": f"{request.script_root}/view/"})
+        if name in _PAGE_FILES:
+            path = installed(f"page/{name}")
+        elif name in _JSROOT_FILES and self.settings.jsroot:
+            path = self.settings.jsroot / name
+        else:
+            raise NotFound
+        try:
+            response = Response(path.read_bytes(), mimetype=_PAGE_TYPES[path.suffix], headers=_PAGE_HEADERS)
+        except FileNotFoundError as error:
+            raise NotFound from error
+        response.add_etag()
+        return conditional(request, response)
+
+    def not_implemented(self, request: ReceiverRequest) -> Response:
         """/: senders use this to try their token."""
-        raise Refusal("Not implemented")
+        raise RequestRefused("Not implemented", "request")
 
 
-def describe_agent(record: storage.AgentRecord) -> dict[str, object]:
-    return {
-        "files": record.files,
-        "bytes": record.bytes,
-        "duplicates": record.outcomes["duplicate"],
-        "rejected": record.outcomes["rejected"],
-        "first_time_stamp": record.first_time_stamp,
-        "last_time_stamp": record.last_time_stamp,
-        "started": record.started,
-        "ended": record.ended,
-        "last_arrival": record.last_arrival,
-    }
+def is_client_gone(request: ReceiverRequest) -> bool:
+    """Return whether the client has closed its connection, where the server shows it (gunicorn)."""
+    client = request.environ.get("gunicorn.socket")
+    if not isinstance(client, socket.socket):
+        return False
+    poll = select.poll()
+    poll.register(client, select.POLLIN)
+    try:
+        return bool(poll.poll(0)) and not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
-def is_form(request: AgentRequest) -> bool:
-    return request.mimetype == "multipart/form-data"
-
-
-def only_one(request: AgentRequest, name: str) -> str | None:
-    """Return a parameter of the query; one that is there twice is refused."""
-    values = request.args.getlist(name)
-    if len(values) > 1:
-        raise Refusal(f"The query has more than one {name}")
-    return values[0] if values else None
+def make_receipt(request: ReceiverRequest, headers: UploadHeaders, outcome: str, **facts: Any) -> Receipt:
+    return Receipt(
+        outcome=outcome,
+        filename=headers.file_name,
+        run=headers.run,
+        time_stamp=headers.time_stamp,
+        agent=headers.agent,
+        data_status=headers.data_status,
+        sender=request.token.name if request.token else "",
+        seconds=round(time.monotonic() - request.began, 6),
+        **facts,
+    )
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 
-def answer_json(content: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(json.dumps(content) + "\n", status, headers, mimetype="application/json")
+def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject]) -> dict[str, Any]:
+    """Return the answer to a valid file, with at most 1 MiB of JSON about its objects."""
+    described = {key: found.description for key, found in objects.items()}
+    answer = {"status": 200, "message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
+    if (
+        12 * sum(len(key) + len(text) + 1 for key, text in described.items()) > _MAX_RECEIVED
+    ):  # a character is 12 bytes at most
+        sizes = accumulate(len(json.dumps({key: text})) for key, text in described.items())
+        fitting = list(takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
+        if len(fitting) < len(described):
+            answer |= {"received": dict(islice(described.items(), len(fitting))), "truncated": True}
+    return answer
 
 
-_STATUS_OF = {
-    storage.FileTooLarge: 413,
-    storage.NoRoom: 507,
-    storage.Unavailable: 503,
-    storage.NoSuchFile: 404,
-    storage.NoSuchRun: 404,
-}
+def json_response(content: Mapping[str, object], status: int = 200, *, etag: str | None = None) -> Response:
+    response = Response(json.dumps(content) + "\n", status, mimetype="application/json")
+    if etag:
+        response.set_etag(etag)
+    return response
 
 
-def refuse(request: AgentRequest, error: Exception) -> Response:
-    """Turn what went wrong into an answer; the one place where that is done."""
-    headers: Mapping[str, str] = {}
-    content: dict[str, object] = {"status": 400, "message": str(error), "received": None}
-    if isinstance(error, Refusal):
-        if error.reason is not None:
-            content["reason"] = error.reason
-    elif isinstance(error, storage.StorageError):
-        content["status"] = _STATUS_OF[type(error)]
-    elif isinstance(error, HTTPException) and error.code is not None:
-        content.update(status=error.code, message=error.description or error.name)
-        headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-    else:
-        content.update(status=500, message="The receiver failed; its log has the details")
-        logger.error("failed to answer %s %r", request.method, request.path, exc_info=error)
-    return answer_json(content, cast(int, content["status"]), headers)
+def not_modified(request: ReceiverRequest, etag: str) -> Response | None:
+    """Return the answer 304 where the client has what the ETag names, before the work for it is done."""
+    response = Response(mimetype="application/json")
+    response.set_etag(etag)
+    return response if conditional(request, response).status_code == 304 else None
 
 
-def log_upload(receipt: Mapping[str, Any]) -> None:
-    """Write one line about an upload to the log, as key=value."""
-    keys = ("outcome", "sender", "run", "agent", "filename", "size", "seconds", "reason")
-    facts = ((key, receipt[key]) for key in keys if receipt[key] is not None)
+def as_refusal(request: ReceiverRequest, error: Exception) -> RequestRefused:
+    """Translate an exception into the refusal that is answered, counted and logged."""
+    if isinstance(error, RequestRefused):
+        return error
+    if isinstance(error, StorageError):
+        return RequestRefused(str(error), error.reason_class, status=error.status)
+    if isinstance(error, MethodNotAllowed):
+        works = " or ".join(sorted(set(error.valid_methods or ()) - {"HEAD"}))
+        message = f"{request.method} does not work at this address, {works} does"
+        return RequestRefused(message, "method", status=405, headers=error.get_headers())
+    if isinstance(error, NotFound):
+        message = f"There is nothing at this address; {request.script_root}/rest/api/openapi.json describes the API"
+        return RequestRefused(message, "not_found", status=404)
+    if isinstance(error, HTTPException):
+        message = error.description or error.name
+        return RequestRefused(message, "request", status=error.code or 500, headers=error.get_headers())
+    logger.error("failed to answer %s %s", request.method, json.dumps(request.path), exc_info=error)
+    return RequestRefused("The receiver failed; its log has the details", "fault", status=500)
+
+
+def error_response(refusal: RequestRefused) -> Response:
+    content = {"status": refusal.status, "message": str(refusal), "received": None}
+    response = json_response(content | ({"reason": refusal.reason} if refusal.reason else {}), refusal.status)
+    response.headers.extend((name, value) for name, value in refusal.headers if not name.startswith("Content-Type"))
+    return response
+
+
+def log(event: str, **facts: object) -> None:
+    """Write a line of key=value to the log; JSON escapes control characters and all that is not ASCII."""
     logger.info(
-        "upload %s", " ".join(f"{key}={json.dumps(fact) if isinstance(fact, str) else fact}" for key, fact in facts)
+        "%s %s", event, " ".join(f"{key}={json.dumps(fact)}" for key, fact in facts.items() if fact is not None)
     )
 
 
-def send_file(request: AgentRequest, file: BinaryIO) -> Response:
-    """Answer with a file, honouring conditions, Range and Want-Repr-Digest; closes the file with the response."""
-    status = os.fstat(file.fileno())
-    response = Response(mimetype="application/octet-stream", direct_passthrough=True)
-    response.content_length = status.st_size
-    response.last_modified = datetime.fromtimestamp(int(status.st_mtime), timezone.utc)
-    response.set_etag(f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
-    if parse_dict_header(request.headers.get("Want-Repr-Digest", "")).get("sha-256", "0") != "0":
-        response.headers["Repr-Digest"] = f"sha-256=:{b64encode(sha256_of(file)).decode()}:"  # RFC 9530
-    # Conditions come before ranges; what is no single range of bytes may be ignored (RFC 9110, 13.2.2 and 14.2).
-    environ = conditions(request)
-    modified = is_resource_modified(environ, response.headers["ETag"], last_modified=response.last_modified)
-    ranges = request.range if request.method == "GET" and modified else None
-    single = ranges is not None and ranges.units == "bytes" and len(ranges.ranges) == 1
-    if request.headers.get("If-Range") not in (None, response.headers["ETag"]):
-        single = False  # a date does not tell files of one second apart (RFC 9110, 13.1.5)
-    if ranges is not None and single and -(ranges.ranges[0][0] or 0) > status.st_size:
-        single = False  # the last so many bytes, which are more than there are
-    response.make_conditional(environ, accept_ranges=single, complete_length=status.st_size)
-    since = request.if_unmodified_since
-    late = not request.if_match and since is not None and response.last_modified > since
-    if response.status_code == 412 or late:
-        raise PreconditionFailed("The file is not the one that the condition names")
-    response.headers["Accept-Ranges"] = "bytes"
-    start = response.content_range.start or 0
-    length = response.content_length or 0
-    if request.method == "HEAD" or response.status_code not in (200, 206):
-        file.close()
-        response.response = []
-    elif length == status.st_size or request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
-        # The server may have the kernel copy the file; gunicorn copies the range, others (uWSGI) the file from its start.
-        file.seek(start)
-        response.response = wrap_file(request.environ, file, _CHUNK)
-    else:
-        response.response = read_range(file, start, length)
-    return response
-
-
-def conditions(request: AgentRequest) -> WSGIEnvironment:
-    """Return the environment without the condition that everything here meets and Werkzeug does not know."""
-    if not request.if_match.star_tag:
-        return request.environ
-    return {name: value for name, value in request.environ.items() if name != "HTTP_IF_MATCH"}
-
-
-def if_changed(request: AgentRequest, response: Response) -> Response:
-    """Return an answer with an ETag, or 304 where the sender has it; raises PreconditionFailed."""
-    response.make_conditional(conditions(request))
-    if response.status_code == 412:
-        raise PreconditionFailed("What is here is not what the condition names")
-    return response
-
-
-def read_range(file: BinaryIO, start: int, length: int) -> Iterator[bytes]:
-    with file:
-        file.seek(start)
-        while length and (piece := file.read(min(length, _CHUNK))):
-            yield piece
-            length -= len(piece)
-
-
-def sha256_of(file: BinaryIO) -> bytes:
-    digest = hashlib.sha256()
-    while piece := file.read(_CHUNK):
-        digest.update(piece)
-    return digest.digest()
-
-
-# --- metrics -----------------------------------------------------------------------------------------------------------
-
-
-def collect_metrics(folder: storage.Storage) -> Iterator[Metric]:
-    """Yield the families of metrics: all come from the folder, so that they are right whichever worker is asked."""
-    of_agents: dict[str, list[tuple[str, Counter[str], int, str]]] = {}
-    reasons = Counter[str]()
-    durations: dict[str, Counter[float]] = {}
-    sums: dict[str, float] = {}
-    for run in folder.runs():
-        with contextlib.suppress(storage.NoSuchRun):  # archived a moment ago
-            record = folder.run(run)
-            with record.lock:
-                for agent, of_run in record.agents.items():
-                    facts = of_run.first_arrival, of_run.outcomes.copy(), of_run.bytes, of_run.last_accepted
-                    of_agents.setdefault(agent, []).append(facts)
-                reasons.update(record.reasons)
-                for field, counts in record.durations.items():
-                    durations.setdefault(field, Counter()).update(counts)
-                    sums[field] = sums.get(field, 0.0) + record.sums[field]
-    # Whoever has a token may invent agents; those that came first keep series of their own.
-    for agent in sorted(of_agents, key=lambda agent: min(first for first, *_ in of_agents[agent]))[_MAX_AGENTS:]:
-        of_agents.setdefault(OTHER_AGENTS, []).extend(of_agents.pop(agent))
-
-    name = "dqm_receiver_"
-    uploads = CounterMetricFamily(name + "uploads", "Uploads by outcome", labels=("agent", "outcome"))
-    volume = CounterMetricFamily(name + "accepted_bytes", "Bytes of the files that got a name", labels=("agent",))
-    last = GaugeMetricFamily(
-        name + "last_accepted_timestamp_seconds", "Time of the last accepted file", labels=("agent",)
-    )
-    for agent, of_runs in of_agents.items():
-        for outcome in storage.OUTCOMES:
-            uploads.add_metric((agent, outcome), sum(outcomes[outcome] for _, outcomes, _, _ in of_runs))
-        volume.add_metric((agent,), sum(size for _, _, size, _ in of_runs))
-        accepted = max(accepted for *_, accepted in of_runs)
-        if accepted:
-            last.add_metric((agent,), storage.seconds_of(accepted))
-    rejections = CounterMetricFamily(name + "rejections", "Rejected uploads by class of reason", labels=("reason",))
-    for reason in sorted(
-        {*REASON_CLASSES, *reasons}
-    ):  # those with none, too: an increase is seen only from a number on
-        rejections.add_metric((reason,), reasons[reason])
-    yield from (uploads, volume, last, rejections)
-
-    for field, what in (("seconds", "Seconds to take in a file"), ("validation_seconds", "Seconds to validate a file")):
-        counts = durations.get(field, Counter())
-        below = accumulate(counts[bound] for bound in storage.DURATIONS)
-        bounds = (f"{bound:g}".replace("inf", "+Inf") for bound in storage.DURATIONS)
-        buckets = list(zip(bounds, below, strict=True))
-        yield HistogramMetricFamily(f"{name}upload_{field}", what, buckets=buckets, sum_value=sums.get(field, 0.0))
-    yield GaugeMetricFamily(name + "uploads_in_progress", "Uploads under way", folder.uploads_in_progress())
-    yield GaugeMetricFamily(name + "free_bytes", "Free bytes on the disk of the data folder", folder.free_space())
-
-
-class Collector:
-    """What prometheus-client asks for metrics."""
-
-    def __init__(self, folder: storage.Storage) -> None:
-        self._folder = folder
-
-    def collect(self) -> Iterator[Metric]:
-        return collect_metrics(self._folder)
+def installed(name: str) -> Path:
+    """Return the path of a file that is given out: in a checkout, or where setup.cfg has it installed."""
+    path = Path(__file__).parent / name
+    return path if path.exists() else Path(sysconfig.get_path("data"), "share", "dqm-receiver", name)
 
 
 def create_app(environ: Mapping[str, str] = os.environ) -> Receiver:
     """Return the WSGI application for these settings; raises ConfigurationError, naming the one that is wrong."""
-    return Receiver(Settings.read(environ))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make a token for a sender."""
-    parser = argparse.ArgumentParser(prog="python -m receiver", description="The DQM receiver's token maker.")
-    commands = parser.add_subparsers(required=True, metavar="token")
-    command = commands.add_parser("token", help="make a token, show it once and print the line for the token file")
-    command.add_argument("name", metavar="NAME", help="who is to send with it")
-    name = parser.parse_args(arguments).name
-    if not _TOKEN_NAME.fullmatch(name):
-        parser.error("NAME must be 1 to 64 of the characters A-Z, a-z, 0-9, _, . and -")
-    token = secrets.token_urlsafe(32)
-    print(f"The token of {name}, which is shown only now:\n\n    {token}\n")
-    print(f"The line for the section [tokens] of the token file:\n\n    {name} = {_digest(token.encode()).hex()}")
+    settings = Settings.read(environ)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():  # mounted where nobody has set up logging: to standard error
+        logger.addHandler(logging.StreamHandler())
+    receiver = Receiver(settings)
+    log(
+        "start",
+        version=__version__,
+        folder=str(receiver.storage.folder),
+        tokens=[token.name for token in settings.tokens],
+        agents=list(settings.agents),
+        max_file_size=settings.max_file_size,
+        min_free_space=settings.min_free_space,
+        max_rejected=settings.max_rejected,
+    )
+    return receiver
 
 
 if __name__ == "__main__":
+    from receiver_command import main
+
     main()

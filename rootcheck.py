@@ -70,12 +70,13 @@ class RootObject(NamedTuple):
         return f"Obj name: {self.name}, Obj IsA() Name: {class_name}"
 
 
-def check_root_file(path: str | os.PathLike[str]) -> dict[str, RootObject]:
+def check_root_file(path_or_descriptor: str | os.PathLike[str] | int) -> dict[str, RootObject]:
     """Return the objects at the top level of a valid ROOT file by the names of their keys, the newest cycle of each.
 
+    A descriptor stays open, and its file position is neither used nor changed.
     Raises InvalidRootFile, whatever the content; OSError where the file cannot be read at all.
     """
-    file = _File(path)
+    file = _File(path_or_descriptor)
     try:
         header = _read_header(file)
         tree = _read_directories(file, header)
@@ -101,12 +102,15 @@ class _File:
     `pread` and not a memory map: a mapped file that shrinks kills the process, and its pages count as our memory.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path_or_descriptor: str | os.PathLike[str] | int) -> None:
+        self._is_ours = not isinstance(path_or_descriptor, int)
         # Of this thread's processor time: a valid file on a slow disk or beside many others has all the time it needs.
         self.deadline = time.thread_time() + MAX_SECONDS
         self.error: OSError | None = None  # of uproot's reading
-        self._fd = os.open(self.path, os.O_RDONLY)
+        if isinstance(path_or_descriptor, int):
+            self._fd = path_or_descriptor
+        else:
+            self._fd = os.open(path_or_descriptor, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
         self.slow_left = max(MAX_INFLATED_SLOWLY, MAX_INFLATION * self.size)
         self.blocks_left = MAX_BLOCKS
@@ -116,7 +120,8 @@ class _File:
         self._start = 0
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._is_ours:
+            os.close(self._fd)
 
     def pread(self, start: int, length: int) -> bytes:
         """Return bytes of the file, as many as there are."""
@@ -952,7 +957,7 @@ class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
 def _compare_with_uproot(file: _File, top: dict[int, tuple[str, int, str]]) -> None:
     """Have uproot find the same objects at the top level, by name and class, and by cycle where a name has several."""
     try:
-        root = uproot.open({file.path: None}, handler=_UprootSource, file=file, object_cache=None, array_cache=None)
+        root = uproot.open({"file": None}, handler=_UprootSource, file=file, object_cache=None, array_cache=None)
         expected = {name: class_name for name, _, class_name in top.values()}
         several_cycles = len(expected) < len(top)
         found = root.classnames(recursive=False, cycle=several_cycles)

@@ -42,8 +42,13 @@ def visible(folder: Path) -> dict[str, bytes]:
 
 
 def receipts(folder: Path, run: int = 123) -> list[dict[str, Any]]:
-    path = folder / ".receipts" / f"{run}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return the receipts of a run, oldest first; a line that a crash cut short is skipped."""
+    found = []
+    for path in (folder / ".receipts" / str(run)).glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+    return sorted(found, key=lambda receipt: str(receipt["id"]))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

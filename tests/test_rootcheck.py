@@ -105,6 +105,23 @@ def put(content: bytes, at: int, form: str, *values: int) -> bytes:
 # --- files of CERN ROOT ------------------------------------------------------------------------------------------------
 
 
+def test_descriptor_stays_open_at_its_position(tmp_path: Path) -> None:
+    path = tmp_path / "file.root"
+    path.write_bytes(small_file().close())
+    with path.open("rb") as file:
+        file.seek(7)
+        assert check_root_file(file.fileno()) == check_root_file(path)
+        assert file.tell() == 7
+        path.unlink()
+        assert list(check_root_file(file.fileno())) == ["h", "d"]
+    empty = tmp_path / "empty.root"
+    empty.touch()
+    with empty.open("rb") as file:
+        with pytest.raises(InvalidRootFile, match="empty"):
+            check_root_file(file.fileno())
+        assert file.read() == b""
+
+
 def test_every_file_of_root_is_expected() -> None:
     assert sorted(EXPECTED) == sorted(path.name for path in DATA.glob("*.root"))
     assert len(EXPECTED) > 80

@@ -1,0 +1,303 @@
+"""What storage and receipts share: folders held by descriptor, group commit, and the meaning of an OSError.
+
+Every name in the data folder is used relative to a descriptor of its folder, which was opened without following links. So an account
+that may write to the data folder cannot lead the receiver elsewhere by planting a link, and a swapped folder is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_CHECK_INTERVAL = 1.0  # seconds between two looks at whether a path still leads to its descriptor
+
+
+class StorageError(Exception):
+    """Base class: the data folder could not carry out an operation."""
+
+    status = 503  # of HTTP
+    reason_class = "unavailable"
+
+
+class StorageUnavailable(StorageError):
+    """The folder is gone, or it may not be written, or it cannot be trusted. An operator can mend it."""
+
+
+class InsufficientStorage(StorageError):
+    """The disk has no room for the upload."""
+
+    status = 507
+    reason_class = "no_room"
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+class os_errors:
+    """Translate an OSError of the data folder into a StorageError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise translate(error) from error
+
+
+def translate(error: OSError) -> StorageError:
+    """Return the StorageError that an OSError of the data folder means; the texts name no path."""
+    if error.errno in _NO_ROOM:
+        return InsufficientStorage(f"There is no room for the file: {error.strerror}")
+    return StorageUnavailable(f"The data folder cannot be used: {error.strerror}")
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+class Descriptor:
+    """An open file or folder, closed when the last reference to it goes: no thread meets a descriptor that was reused."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.status = os.fstat(fd)
+
+    def leads(self, path: str, parent: Descriptor | None = None) -> bool:
+        """Return whether a path still leads to this file."""
+        try:
+            now = os.stat(path, dir_fd=parent.fd if parent else None, follow_symlinks=parent is None)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(now, self.status)
+
+    def is_deleted(self) -> bool:
+        """Return whether the file has no name any more."""
+        return os.fstat(self.fd).st_nlink == 0
+
+    def close(self) -> None:
+        """Close it now, for all that refer to it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Folder:
+    """A folder of the receiver, held open by descriptor; a hidden one is made, durably, at its first use."""
+
+    def __init__(self, path: str, parent: Folder | None = None) -> None:
+        self.path = path
+        self.parent = parent
+        self._held: tuple[Descriptor, float] | None = None  # and when it was last compared with the path
+
+    def open(self, *, check: bool = False) -> Descriptor:
+        """Return the folder, compared with its path once a second, or now; raises StorageUnavailable if it was moved away."""
+        held, now = self._held, time.monotonic()
+        if held and not check and now - held[1] < _CHECK_INTERVAL:
+            return held[0]
+        with os_errors():
+            parent = self.parent.open() if self.parent else None
+            if held and held[0].leads(self.path, parent):
+                folder = held[0]
+            elif held and not held[0].is_deleted() and (parent is None or self._exists(parent)):
+                raise StorageUnavailable(f"The data folder cannot be used: {self._called()} was moved away")
+            else:
+                folder = self._open(parent)
+        self._held = folder, now
+        return folder
+
+    def exists(self) -> bool:
+        """Return whether there is such a folder, without making it."""
+        with os_errors():
+            return self._exists(self.parent.open() if self.parent else None)
+
+    def _exists(self, parent: Descriptor | None) -> bool:
+        try:
+            os.stat(self.path, dir_fd=parent.fd if parent else None, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _open(self, parent: Descriptor | None) -> Descriptor:
+        if parent is None:
+            return Descriptor(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        folder = make_folder(self.path, parent)
+        if folder.status.st_uid != os.geteuid() or folder.status.st_mode & 0o022:
+            raise StorageUnavailable(f"The data folder cannot be used: {self._called()} belongs to another account")
+        if folder.status.st_dev != parent.status.st_dev:
+            raise StorageUnavailable(f"The data folder cannot be used: {self._called()} is on another file system")
+        return folder
+
+    def _called(self) -> str:
+        return self.path if self.parent else "the folder"
+
+
+def open_folder(name: str, parent: Descriptor) -> Descriptor:
+    """Open a folder in another one, following no link."""
+    return Descriptor(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd))
+
+
+def make_folder(name: str, parent: Descriptor) -> Descriptor:
+    """Open a folder in another one; where it is missing, make it and fsync its parent."""
+    try:
+        return open_folder(name, parent)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            os.mkdir(name, 0o700, dir_fd=parent.fd)
+        os.fsync(parent.fd)
+        return open_folder(name, parent)
+
+
+def make_data_folder(path: Path) -> None:
+    """Make the data folder and its parents where they are missing, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def list_names(folder: Descriptor) -> list[str]:
+    """Return the names in a folder, read through a descriptor of its own: the position in a folder is shared by all users of one."""
+    listing = open_folder(".", folder)
+    return os.listdir(listing.fd)
+
+
+def open_regular(name: str, flags: int, parent: Descriptor, mode: int = 0o666) -> Descriptor:
+    """Open a file in a folder; a link raises OSError ELOOP, another thing that is no regular file ENXIO."""
+    # O_NONBLOCK: opening a FIFO must not wait for its other end.
+    file = Descriptor(os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=parent.fd))
+    if not stat.S_ISREG(file.status.st_mode):
+        raise OSError(errno.ENXIO, "not a regular file")
+    return file
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of the data; a disk that takes only some of it raises OSError at the next call."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+# --- the lock ----------------------------------------------------------------------------------------------------------
+
+
+class FolderLock:
+    """`.lock`, held while names change. A process opens it after the fork, because an flock belongs to the open file."""
+
+    def __init__(self, data: Folder) -> None:
+        self._data = data
+        self._threads = threading.Lock()  # two threads that share an open file do not exclude each other by flock
+        self._file: Descriptor | None = None
+
+    def close(self) -> None:
+        """Close the file, as a child must after a fork."""
+        if self._file:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def hold(self, seconds: float) -> Iterator[None]:
+        """Hold the lock; raises StorageUnavailable when it cannot be had in time."""
+        end = time.monotonic() + seconds
+        if not self._threads.acquire(timeout=seconds):
+            raise _lock_is_busy(seconds)
+        try:
+            with os_errors():
+                file = self._acquire(end, seconds)
+            try:
+                yield
+            finally:
+                with os_errors():
+                    fcntl.flock(file.fd, fcntl.LOCK_UN)
+        finally:
+            self._threads.release()
+
+    def _acquire(self, end: float, seconds: float) -> Descriptor:
+        data = self._data.open()
+        pause = 0.0002
+        while True:
+            file = self._file = self._file or open_regular(".lock", os.O_RDWR | os.O_CREAT, data, mode=0o600)
+            try:
+                fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _lock_is_busy(seconds) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
+                continue
+            if file.leads(".lock", data):
+                return file
+            self._file = None  # `.lock` was removed: this one excludes only processes that opened it earlier
+
+
+def _lock_is_busy(seconds: float) -> StorageUnavailable:
+    return StorageUnavailable(f"The data folder cannot be used: another process has held its lock for {seconds:.0f} s")
+
+
+def check_flock(folder: Descriptor) -> None:
+    """Raise OSError where the file system has no locks; that they reach other hosts cannot be seen from one."""
+    name = f".{uuid.uuid4().hex}"
+    file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+    try:
+        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.unlink(name, dir_fd=folder.fd)
+
+
+# --- group commit ------------------------------------------------------------------------------------------------------
+
+
+class _Waiting(Generic[Item, Result]):
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.done = False
+        self.outcome: Result | Exception | None = None
+
+
+class GroupCommit(Generic[Item, Result]):
+    """Commits all items that wait in one batch, in the thread of one of them (group commit, as databases do).
+
+    `commit` gets the items and returns, in their order, the result of each, or its exception.
+    """
+
+    def __init__(self, commit: Callable[[Sequence[Item]], Sequence[Result | Exception]]) -> None:
+        self._commit = commit
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._lock = threading.Lock()
+
+    def __call__(self, item: Item) -> Result:
+        """Return the result of an item, or raise its exception."""
+        mine = _Waiting[Item, Result](item)
+        self._waiting.append(mine)
+        with self._lock:
+            if not mine.done:  # the batch before was taken without it
+                self._commit_all([self._waiting.popleft() for _ in range(len(self._waiting))])
+        if isinstance(mine.outcome, Exception):
+            raise mine.outcome
+        return mine.outcome  # type: ignore[return-value]  # set when it is done
+
+    def _commit_all(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
+        outcomes: Sequence[Result | Exception]
+        try:
+            outcomes = self._commit([waiting.item for waiting in batch])
+        except Exception as error:  # noqa: BLE001  each thread raises it for itself
+            outcomes = [error] * len(batch)
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            waiting.outcome, waiting.done = outcome, True

@@ -1,0 +1,302 @@
+"""The log of uploads: one receipt for each, what the receipts of a run add up to, and the newest of them.
+
+A receipt is one JSON line of `.receipts/<run>/<writer>.jsonl`. Only one process appends to a log, so its lines are in order of time.
+Receipts that acknowledge an upload are fsynced before the answer, in groups; rejections promise nothing and are not fsynced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import json
+import os
+import re
+import time
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from durable import (
+    Descriptor,
+    Folder,
+    GroupCommit,
+    StorageError,
+    StorageUnavailable,
+    list_names,
+    make_folder,
+    open_folder,
+    open_regular,
+    os_errors,
+    write_all,
+)
+
+OUTCOMES = ("stored", "duplicate", "replaced", "rejected")
+
+_MAX_LINE = 64 << 10  # bytes
+_MAX_REASON = 1000  # characters
+_MAX_OPEN_LOGS = 100  # of this process
+_MAX_SCANNED = 20_000  # lines that one request for receipts looks at
+_RECENT_RUNS = 50
+_TOUCH_INTERVAL = 60.0  # seconds
+_LISTING_AGE = 1.0  # seconds for which the order of the runs is good
+_TAIL = 16 << 10  # bytes of a log that are read at once, from its end
+
+_RUN = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+class RunNotFound(StorageError):
+    """No receipt of this run is here."""
+
+    status = 404
+    reason_class = "not_found"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What is recorded of an upload; `id` and `received_at` (UTC) are given when it is appended."""
+
+    outcome: str  # one of OUTCOMES
+    filename: str  # that it has, or would have had
+    run: int
+    time_stamp: int  # Unix seconds
+    agent: str
+    data_status: int
+    sender: str  # the name of the token
+    seconds: float  # from the request's head to the outcome
+    size: int = 0  # bytes; 0 where the body did not arrive whole
+    sha256: str | None = None
+    objects: int | None = None  # number of objects at the top level of the file
+    reason: str | None = None  # of a rejection
+    reason_class: str | None = None
+    validation_seconds: float | None = None
+    received_at: str = ""
+    id: str = ""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Receipt | None:
+        """Return the receipt in a line of a log; None where it was cut short by a crash, or is no receipt."""
+        try:
+            receipt = cls(**json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        good = all(isinstance(getattr(receipt, name), kinds) for name, kinds in _KINDS.items())
+        return receipt if good and receipt.outcome in OUTCOMES and receipt.id > receipt.received_at > "" else None
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "outcome": str, "filename": str, "run": int, "time_stamp": int, "agent": str, "data_status": int, "size": int,
+    "sha256": (str, type(None)), "received_at": str, "id": str,
+}  # fmt: skip
+
+
+# --- the log -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Log:
+    """A log that this process appends to."""
+
+    name: str
+    folder: Descriptor  # of its run
+    file: Descriptor
+    touched: float = 0.0
+
+
+class ReceiptLog:
+    """The logs of all runs below a data folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Folder(".receipts", Folder(str(folder.absolute())))
+        self._begin_process()
+        this = weakref.ref(self)
+
+        def after_fork_in_child() -> None:
+            if log := this():
+                log._begin_process()
+
+        os.register_at_fork(after_in_child=after_fork_in_child)
+
+    def _begin_process(self) -> None:
+        """Make what a process must not share with its parent."""
+        self._logs: OrderedDict[int, _Log] = OrderedDict()
+        self._appends = GroupCommit(self._append_batch)
+        self._listing: tuple[float, list[int]] = -_LISTING_AGE, []  # when, and the runs, most recently active first
+        self._count = 0  # of receipts, so that ids of one microsecond are in order
+
+    def append(self, receipt: Receipt) -> None:
+        """Append a receipt to this process's log of its run; when this returns, one that acknowledges an upload is durable."""
+        self._appends(receipt)
+
+    def _append_batch(self, batch: Sequence[Receipt]) -> list[None | Exception]:
+        """Append all receipts that wait, with one write and at most one fsync for each run."""
+        runs: dict[int, list[Receipt]] = {}
+        for receipt in batch:
+            runs.setdefault(receipt.run, []).append(receipt)
+        errors: dict[int, StorageError] = {}
+        for run, receipts in runs.items():
+            try:
+                self._append_to_run(run, receipts)
+            except OSError as error:
+                self._logs.pop(run, None)  # its last line may be torn, so the next receipt begins a new log
+                # Never InsufficientStorage: the upload has its name already.
+                errors[run] = StorageUnavailable(f"The receipt could not be written: {error.strerror}")
+            except StorageError as error:
+                errors[run] = error
+        return [errors.get(receipt.run) for receipt in batch]
+
+    def _append_to_run(self, run: int, receipts: Sequence[Receipt]) -> None:
+        log = self._open_log(run)
+        write_all(log.file.fd, b"".join(self._line(receipt, log) for receipt in receipts))
+        if any(receipt.outcome != "rejected" for receipt in receipts):
+            os.fsync(log.file.fd)
+        if time.monotonic() - log.touched > _TOUCH_INTERVAL:
+            os.utime(log.folder.fd)
+            log.touched = time.monotonic()
+
+    def _open_log(self, run: int) -> _Log:
+        """Return this process's log of a run; where the run's folder was archived or removed, a new one."""
+        receipts = self._folder.open()
+        log = self._logs.get(run)
+        if log and log.file.leads(f"{run}/{log.name}", receipts):
+            self._logs.move_to_end(run)
+            return log
+        folder = make_folder(str(run), receipts)
+        name = f"{uuid.uuid4().hex}.jsonl"
+        file = open_regular(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, folder)
+        os.fsync(folder.fd)
+        self._logs[run] = log = _Log(name, folder, file)
+        if len(self._logs) > _MAX_OPEN_LOGS:
+            self._logs.popitem(last=False)
+        return log
+
+    def _line(self, receipt: Receipt, log: _Log) -> bytes:
+        """Return the line of a receipt; it is stamped here, so that the lines of a log are in order of time."""
+        received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        self._count += 1
+        content = receipt.content | {
+            "received_at": received_at,
+            "id": f"{received_at}-{self._count % 1_000_000:06}-{log.name[:8]}",
+        }
+        return json.dumps(content).encode() + b"\n"
+
+    # --- reading -------------------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[int]:
+        """Return the runs that have receipts, sorted."""
+        with os_errors():
+            if not self._folder.exists():
+                return []
+            return sorted(int(name) for name in list_names(self._folder.open()) if _RUN.fullmatch(name))
+
+    def recent_runs(self) -> list[int]:
+        """Return the runs that have receipts, most recently active first; a new run may be a second late."""
+        made, runs = self._listing
+        if time.monotonic() - made >= _LISTING_AGE:
+            with os_errors():
+                runs = self._list_by_activity() if self._folder.exists() else []
+            self._listing = time.monotonic(), runs
+        return runs
+
+    def _list_by_activity(self) -> list[int]:
+        listing = open_folder(".", self._folder.open())
+        active = []
+        with os.scandir(listing.fd) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # archived just now
+                    if _RUN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                        active.append((entry.stat(follow_symlinks=False).st_mtime_ns, int(entry.name)))
+        return [run for _, run in sorted(active, reverse=True)]
+
+    def etag(self, run: int | None) -> str:
+        """Return a string that changes whenever a receipt is added to a run, or to a recent one; raises RunNotFound."""
+        digest = hashlib.sha256()
+        with os_errors():
+            for folder, name in self._logs_of(run):
+                with contextlib.suppress(FileNotFoundError):
+                    size = os.stat(name, dir_fd=folder.fd, follow_symlinks=False).st_size
+                    digest.update(f"{name} {size}\n".encode())
+        return digest.hexdigest()[:32]
+
+    def newest(self, run: int | None, query: Query) -> tuple[list[Receipt], str | None]:
+        """Return the newest receipts of a run, or of the 50 most recently active runs; and where to go on, if there are more."""
+        with os_errors():
+            logs = [_backwards(*log) for log in self._logs_of(run)]
+            found: list[Receipt] = []
+            last = None
+            for number, receipt in enumerate(heapq.merge(*logs, key=lambda receipt: receipt.id, reverse=True)):
+                if number == _MAX_SCANNED or len(found) == query.limit:
+                    return found, last
+                last = receipt.id
+                if query.matches(receipt):
+                    found.append(receipt)
+            return found, None
+
+    def _logs_of(self, run: int | None) -> Iterator[tuple[Descriptor, str]]:
+        """Yield the logs of a run, or of the recent runs, each as its folder and name; raises RunNotFound."""
+        for one in self.recent_runs()[:_RECENT_RUNS] if run is None else [run]:
+            try:
+                folder = self.open_run(one)
+            except RunNotFound:
+                if run is None:  # archived just now
+                    continue
+                raise
+            for name in log_names(folder):
+                yield folder, name
+
+    def open_run(self, run: int) -> Descriptor:
+        """Open the folder of a run; raises RunNotFound."""
+        try:
+            if not self._folder.exists():
+                raise FileNotFoundError
+            return open_folder(str(run), self._folder.open())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RunNotFound(f"There is no run {run}") from error
+
+
+def log_names(folder: Descriptor) -> list[str]:
+    """Return the names of the logs in the folder of a run, sorted."""
+    return sorted(name for name in list_names(folder) if name.endswith(".jsonl"))
+
+
+def _backwards(folder: Descriptor, name: str) -> Iterator[Receipt]:
+    """Yield the receipts of a log from its end. The log is opened for each read: a request may look at hundreds of them."""
+    end, rest = -1, b""
+    while end:
+        try:
+            log = open_regular(name, os.O_RDONLY, folder)
+        except FileNotFoundError:  # archived just now
+            return
+        end = log.status.st_size if end < 0 else end
+        start = max(0, end - _TAIL)
+        lines = (os.pread(log.fd, end - start, start) + rest).split(b"\n")
+        end, rest = start, lines[0][:_MAX_LINE]  # the line that begins further ahead
+        for line in reversed(lines[1:] if start else lines):
+            if receipt := Receipt.from_line(line):
+                yield receipt
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which receipts are wanted: at most `limit`, older than the one with the id `before`, of an agent, with an outcome."""
+
+    limit: int = 100
+    before: str | None = None
+    agent: str | None = None
+    outcome: str | None = None
+
+    def matches(self, receipt: Receipt) -> bool:
+        return (
+            (self.before is None or receipt.id < self.before)
+            and self.agent in (None, receipt.agent)
+            and self.outcome in (None, receipt.outcome)
+        )

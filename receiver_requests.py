@@ -1,0 +1,259 @@
+"""Requests: their headers, body and form, and the refusal of those that are wrong."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from werkzeug.datastructures import Headers
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, MultipartDecoder, NeedData, State
+from werkzeug.wrappers import Request
+from werkzeug.wsgi import get_input_stream
+
+import storage
+from receiver_settings import AGENT, Token
+from uploads import Upload
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+logger = logging.getLogger("dqm_receiver")
+
+FORM_OVERHEAD = 1 << 20  # bytes that a form may have beside its file
+NO_FILE = "No file uploaded and the payload was empty"
+
+_FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
+_MAX_FORM_PARTS = 16
+_MAX_LIMIT = 1000  # entries of a list that is asked for in parts
+_MIN_RATE = 1024  # bytes a second that a refused body must keep
+
+
+class RequestRefused(Exception):
+    """A request that is answered with an error; `reason_class` labels metrics, `reason` says more than a known message."""
+
+    def __init__(
+        self,
+        message: str,
+        reason_class: str,
+        *,
+        reason: str | None = None,
+        status: int = 400,
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.reason_class, self.reason, self.status, self.headers = reason_class, reason, status, headers
+
+
+class FileRejected(RequestRefused):
+    """A file that arrived whole and is refused: it is not the one that was announced, or not a valid ROOT file."""
+
+    def __init__(
+        self,
+        message: str,
+        reason_class: str,
+        upload: Upload,
+        reason: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        super().__init__(message, reason_class, reason=reason)
+        self.facts = {"size": upload.size, "sha256": upload.sha256, "validation_seconds": seconds}
+
+
+class ClientGone(RequestRefused):
+    """The client has closed its connection, so it cannot read an answer."""
+
+    def __init__(self) -> None:
+        super().__init__("The client closed the connection before its file was validated", "client_gone")
+
+
+# --- requests ----------------------------------------------------------------------------------------------------------
+
+
+class ReceiverRequest(Request):
+    """A request, with what is known of its sender and its upload: logs and metrics say it when the request is refused."""
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        super().__init__(environ)
+        self.began = time.monotonic()
+        self.body = Body(environ, self.content_length or 0)
+        self.token: Token | None = None
+        self.is_check = False
+        self.is_logged = False
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What is known of the sender and the upload, for the log; headers as they came, because they may be wrong."""
+        raw = {name: self.headers.get(header) for name, header in (("run", "runNumber"), ("agent", "amoreAgent"))}
+        known = {name: value[:100] for name, value in raw.items() if value is not None}
+        return {"address": self.remote_addr, "sender": self.token.name if self.token else None, **known}
+
+    @property
+    def page(self) -> tuple[int | None, str | None]:
+        """The query parameters `limit` and `before` of a list that is asked for in parts."""
+        limit, before = self.parameter("limit"), self.parameter("before")
+        if before is not None and limit is None and "receipts" not in self.path:
+            raise RequestRefused("The query parameter before needs limit", "query")
+        return (None if limit is None else check_number("query limit", limit, _MAX_LIMIT, 1)), before
+
+    @property
+    def is_form(self) -> bool:
+        return self.mimetype == "multipart/form-data"
+
+    def parameter(self, name: str) -> str | None:
+        """Return a parameter of the query; one that is there twice is refused."""
+        values = self.args.getlist(name)
+        if len(values) > 1:
+            raise RequestRefused(f"The query has more than one {name}", "query")
+        return values[0] if values else None
+
+
+class Body:
+    """A request body, counted while it is read; a failure to read it is the sender's."""
+
+    def __init__(self, environ: WSGIEnvironment, length: int) -> None:
+        self._stream = get_input_stream(environ)
+        self._length = length
+        self.received = 0  # bytes so far
+
+    def read(self, size: int) -> bytes:
+        try:
+            piece = self._stream.read(size)
+        except Exception as error:  # each server has its own for a connection that ends or stalls, or a malformed chunk
+            slow = f": {error}" if isinstance(error, TimeoutError) else ""
+            message = f"The body ended before it was complete, or was malformed{slow}"
+            raise RequestRefused(message, "truncated") from error
+        self.received += len(piece)
+        if not piece and self.received < self._length:  # gunicorn has no error for this
+            raise RequestRefused(f"The body ended after {self.received} of {self._length} bytes", "truncated")
+        return piece
+
+    def discard(self, limit: int, seconds: float) -> None:
+        """Read on for a bounded time: many clients look for an answer only after they have sent everything."""
+        began = time.monotonic()
+        try:
+            while limit > 0 and (piece := self._stream.read(min(limit, 1 << 16))):
+                limit -= len(piece)
+                seconds += len(piece) / _MIN_RATE
+                if time.monotonic() - began > seconds:
+                    break
+        except Exception:
+            logger.debug("the rest of a refused body could not be read", exc_info=True)
+
+
+class UploadHeaders(NamedTuple):
+    """The headers of an upload, checked."""
+
+    run: int
+    time_stamp: int  # Unix seconds
+    agent: str
+    data_status: int
+    sha256: str | None
+    file_name: str
+
+    @classmethod
+    def read(cls, headers: Headers) -> UploadHeaders:
+        """Check the headers that are there; raises RequestRefused, naming the one that is wrong."""
+        sha256 = headers.get("sha256")
+        if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+            raise _wrong_header("header sha256", sha256, "must be 64 hexadecimal digits")
+        status = headers.get("dataStatus", "0")
+        if status not in ("0", "1", "2"):
+            raise _wrong_header("header dataStatus", status, "must be 0, 1 (start of a set of data) or 2 (end)")
+        run = check_number("header runNumber", headers.get("runNumber", "0"), storage.MAX_RUN)
+        time_stamp = check_time_stamp(headers.get("timeStamp", "0"))
+        agent = check_agent("header amoreAgent", headers["amoreAgent"]) if "amoreAgent" in headers else ""
+        name = storage.file_name(agent, run, time_stamp)
+        return cls(run, time_stamp, agent, int(status), sha256 and sha256.lower(), name)
+
+
+def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:
+    # WSGI servers join the values of a header that came twice with a comma (PEP 3333 leaves it to CGI, RFC 3875).
+    twice = "; it came twice" if "," in text else ""
+    return RequestRefused(f"The {where} {rule}{twice}", "query" if where.startswith("query") else reason_class)
+
+
+def check_number(where: str, text: str, largest: int, smallest: int = 0) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text) or not smallest <= int(text) <= largest:
+        raise _wrong_header(where, text, f"must be a number from {smallest} to {largest}, in ASCII digits")
+    return int(text)
+
+
+def check_time_stamp(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) > storage.LAST_TIME_STAMP:
+        hint = ""
+        if re.fullmatch(r"[0-9]{12,20}", text):
+            hint = "; divide milliseconds by 1000"
+        elif re.match(r"[0-9]{4}-[0-9]{2}", text):
+            hint = ", not a date"
+        elif re.fullmatch(r"[0-9]+\.[0-9]*", text):
+            hint = ", without a fraction"
+        rule = f"must be Unix seconds, a number from 0 to {storage.LAST_TIME_STAMP}, in ASCII digits{hint}"
+        raise _wrong_header("header timeStamp", text, rule)
+    return int(text)
+
+
+def check_agent(where: str, text: str) -> str:
+    if not AGENT.fullmatch(text):
+        rule = "must be 1 to 64 of the characters A-Z, a-z, 0-9, - and _, and begin with a letter or digit"
+        raise _wrong_header(where, text, rule)
+    return text
+
+
+# --- forms ---------------------------------------------------------------------------------------------------------------
+
+
+def receive_form(request: ReceiverRequest, upload: Upload) -> None:
+    """Write the part `file` of a multipart form to an upload."""
+    is_file, files, other = False, 0, 0
+    for event in form_events(request):
+        if isinstance(event, Field | File):
+            is_file = event.name == "file"
+            files += is_file
+            if is_file and isinstance(event, Field):
+                hint = "write `-F file=@x` in curl, curl_mime_filename in libcurl"
+                raise malformed(f"the part `file` has no file name, so it is a field and not a file: {hint}")
+            if files > 1:
+                raise malformed("it has more than one part named `file`")
+        elif isinstance(event, Data) and is_file:
+            upload.write(event.data)
+        elif isinstance(event, Data):
+            other += len(event.data)
+            if other > FORM_OVERHEAD:
+                raise malformed(f"it has more than {FORM_OVERHEAD} bytes beside the part `file`")
+    if not files:
+        raise RequestRefused(NO_FILE, "empty", reason="the form has no part named `file`")
+
+
+def form_events(request: ReceiverRequest) -> Iterator[Event]:
+    """Yield the events of Werkzeug's parser for a form's body; raises RequestRefused in our words where it is malformed."""
+    boundary = request.mimetype_params.get("boundary", "")
+    if not boundary or not boundary.isascii():
+        raise malformed("its Content-Type has no boundary, or one that is not ASCII")
+    decoder = MultipartDecoder(boundary.encode(), max_form_memory_size=4 * _FORM_CHUNK, max_parts=_MAX_FORM_PARTS)
+    try:
+        while not isinstance(event := decoder.next_event(), Epilogue):
+            if isinstance(event, NeedData):
+                decoder.receive_data(request.body.read(_FORM_CHUNK) or None)
+            else:
+                yield event
+    except UnicodeDecodeError as error:
+        raise malformed("the head of a part (its file name?) is not UTF-8") from error
+    except RequestEntityTooLarge as error:
+        raise malformed(f"it has more than {_MAX_FORM_PARTS} parts, or a part with a very long head") from error
+    except (ValueError, HTTPException) as error:
+        if not request.body.received:
+            raise RequestRefused(NO_FILE, "empty", reason="the form is empty") from error
+        if decoder.state is State.PREAMBLE:
+            hint = "a boundary with = or / must stand in quotes"
+            raise malformed(f"the boundary of its Content-Type, {boundary!r}, is not in the body; {hint}") from error
+        if decoder.state is State.PART:
+            raise malformed("the head of a part is incomplete, or has no Content-Disposition") from error
+        raise malformed("it ends without the closing boundary") from error
+
+
+def malformed(what: str) -> RequestRefused:
+    return RequestRefused(f"The form is malformed: {what}", "malformed_form")

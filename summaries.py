@@ -1,0 +1,154 @@
+"""What the receipts of a run add up to, for each agent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from durable import Descriptor, open_regular, os_errors
+from receipts import Receipt, ReceiptLog, log_names
+
+OTHER_AGENTS = "(other)"  # no agent can have this name
+DATA_START, DATA_END = 1, 2  # dataStatus: this file starts, or ends, a set of data
+
+_MAX_AGENTS = 200  # of a run that are summed apart
+_MAX_NAMES = 100_000  # file names that the summary of a run remembers
+_MAX_ALL_NAMES = 200_000  # that all summaries together remember
+_CHUNK = 1 << 20  # bytes of a log that are read at once
+
+
+class Summaries:
+    """The summaries of the runs that were asked for, brought up to date with each question.
+
+    Those that were asked for least recently are forgotten, so all together remember at most 200,000 file names, about 50 MB.
+    """
+
+    def __init__(self, receipts: ReceiptLog) -> None:
+        self._receipts = receipts
+        self._runs: OrderedDict[int, RunSummary] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def agents(self, run: int) -> dict[str, dict[str, Any]]:
+        """Return the summary of each agent of a run, as JSON has it; raises RunNotFound."""
+        with self._lock:
+            return {agent: summary.content() for agent, summary in sorted(self._update(run).agents.items())}
+
+    def has_accepted(self, run: int, name: str) -> bool:
+        """Return whether a file of this name was acknowledged; raises RunNotFound."""
+        with self._lock:
+            return name in self._update(run).names
+
+    def _update(self, run: int) -> RunSummary:
+        with os_errors():
+            folder = self._receipts.open_run(run)
+            summary = self._runs.pop(run, None) or RunSummary()
+            summary.update(folder)
+        self._runs[run] = summary
+        while sum(len(other.names) for other in self._runs.values()) > _MAX_ALL_NAMES:
+            self._runs.popitem(last=False)
+        return summary
+
+
+@dataclass
+class AgentSummary:
+    """What the receipts of a run say of one agent; time stamps in Unix seconds."""
+
+    files: int = 0  # distinct names
+    bytes: int = 0  # of the files that had a name
+    duplicates: int = 0
+    rejected: int = 0
+    reused: int = 0  # names that two different files have had
+    first_time_stamp: int | None = None
+    last_time_stamp: int | None = None
+    last_arrival: str | None = None  # when the last accepted upload was received
+    _last_start: int = -1  # time stamp of the last file that starts a set of data
+    _last_end: int = -1  # of the last one that ends it
+
+    def content(self) -> dict[str, Any]:
+        """Return it as JSON has it: `ended` means that the last set of data has ended and not started anew."""
+        content = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        ended = self._last_end >= max(self._last_start, 0)
+        return content | {"started": self._last_start >= 0, "ended": ended}
+
+    def add_accepted(self, receipt: Receipt) -> None:
+        self.last_arrival = max(receipt.received_at, self.last_arrival or "")
+        time_stamp = receipt.time_stamp
+        self.first_time_stamp = min(time_stamp, time_stamp if self.first_time_stamp is None else self.first_time_stamp)
+        self.last_time_stamp = max(time_stamp, self.last_time_stamp or 0)
+        if receipt.data_status == DATA_START:
+            self._last_start = max(time_stamp, self._last_start)
+        elif receipt.data_status == DATA_END:
+            self._last_end = max(time_stamp, self._last_end)
+
+
+@dataclass
+class _Name:
+    """What is known of a file name: the content it had last, whether its first upload is recorded, whether contents differed."""
+
+    __slots__ = ("is_reused", "is_stored", "sha256")
+    sha256: bytes  # 8 bytes of it
+    is_stored: bool  # else only duplicates were recorded: the process died before the receipt of the first upload
+    is_reused: bool
+
+
+class RunSummary:
+    """The receipts of one run, added up by agent, whatever the order in which its logs are read."""
+
+    def __init__(self) -> None:
+        self.agents: dict[str, AgentSummary] = {}
+        self.names: dict[str, _Name] = {}  # the first 100,000; a later name is counted each time that it is stored
+        self._positions: dict[str, tuple[int, int]] = {}  # by log: its inode, and the bytes of it that were read
+
+    def update(self, folder: Descriptor) -> None:
+        """Read what has been added to the logs since the last time; all of them anew where one was taken away."""
+        logs = dict(_open_logs(folder))
+        for name, (inode, position) in self._positions.items():
+            if name not in logs or logs[name].status.st_ino != inode or logs[name].status.st_size < position:
+                self.__init__()  # type: ignore[misc]
+                break
+        for name, log in logs.items():
+            position = self._positions.get(name, (0, 0))[1]
+            while chunk := os.pread(log.fd, _CHUNK, position):
+                whole = chunk.rfind(b"\n") + 1
+                if not whole:  # a line that is being written, or was cut short
+                    break
+                for line in chunk[:whole].splitlines():
+                    if receipt := Receipt.from_line(line):
+                        self._add(receipt)
+                position += whole
+            self._positions[name] = log.status.st_ino, position
+
+    def _add(self, receipt: Receipt) -> None:
+        agent = receipt.agent if receipt.agent in self.agents or len(self.agents) < _MAX_AGENTS else OTHER_AGENTS
+        summary = self.agents.setdefault(agent, AgentSummary())
+        if receipt.outcome == "rejected":
+            summary.rejected += 1
+            return
+        summary.add_accepted(receipt)
+        is_duplicate = receipt.outcome == "duplicate"
+        sha256 = bytes.fromhex((receipt.sha256 or "")[:16])
+        name = self.names.get(receipt.filename)
+        if name is None:
+            if len(self.names) < _MAX_NAMES:
+                self.names[receipt.filename] = _Name(sha256, not is_duplicate, False)
+            summary.files += 1
+            summary.bytes += receipt.size
+            return
+        if name.sha256 != sha256:
+            summary.bytes += receipt.size
+            summary.reused += not name.is_reused
+            name.sha256, name.is_reused = sha256, True
+        elif is_duplicate or not name.is_stored:
+            summary.duplicates += 1
+        name.is_stored = name.is_stored or not is_duplicate
+
+
+def _open_logs(folder: Descriptor) -> Iterator[tuple[str, Descriptor]]:
+    for name in log_names(folder):
+        with contextlib.suppress(FileNotFoundError):  # archived just now
+            yield name, open_regular(name, os.O_RDONLY, folder)

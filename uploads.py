@@ -1,0 +1,239 @@
+"""Uploads in progress: step 1 of the commit (storage.py), the folder `.incoming/`, and crash recovery of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import threading
+import time
+import uuid
+from typing import NamedTuple, Self
+
+from durable import (
+    Descriptor,
+    Folder,
+    FolderLock,
+    InsufficientStorage,
+    StorageError,
+    list_names,
+    open_folder,
+    open_regular,
+    os_errors,
+    write_all,
+)
+
+logger = logging.getLogger("dqm_receiver")
+
+LOCK_TIMEOUT = 30.0  # seconds to wait for `.lock`
+
+_RECOVERY_INTERVAL = 600.0  # seconds
+_SPACE_AGE = 1.0  # seconds for which an answer of statvfs is good
+
+
+_ids = itertools.count()
+
+
+class FileTooLarge(StorageError):
+    """The upload has more bytes than a file may have."""
+
+    status = 413
+    reason_class = "too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The file is larger than the limit of {limit} bytes")
+
+
+class Upload:
+    """An upload in progress: a file in `.incoming/<writer>/` whose bytes are hashed and counted while they are written.
+
+    It is a context manager: at its end, an upload that was neither committed nor quarantined is deleted.
+    """
+
+    def __init__(self, writer: Writer, space: Space, max_size: int, announced: int) -> None:
+        self._writer, self._space, self._max_size = writer, space, max_size
+        self._hash = hashlib.sha256()
+        self._claimed = 0  # bytes of the disk's room that are claimed and not yet written
+        self._is_incoming = True
+        self.size = 0
+        self._claim(announced)
+        self._id = str(next(_ids))  # unique in the writer's folder
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self.fd = os.open(self._id, flags, 0o666, dir_fd=writer.folder.fd)
+        except BaseException:
+            self._space.settle(unused=self._claimed)
+            raise
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; raises FileTooLarge or InsufficientStorage before a limit is passed."""
+        size = len(data)
+        if self.size + size > self._max_size:
+            raise FileTooLarge(self._max_size)
+        if size > self._claimed:
+            self._claim(size - self._claimed)
+        with os_errors():
+            write_all(self.fd, data)
+        self._hash.update(data)
+        self.size += size
+        self._claimed -= size
+        self._space.settle(written=size)
+
+    def _claim(self, size: int) -> None:
+        self._space.claim(size)
+        self._claimed += size
+
+    def sync(self) -> None:
+        """Fsync the file."""
+        with os_errors():
+            os.fsync(self.fd)
+
+    def move(self, name: str, folder: Descriptor) -> None:
+        """Rename the upload out of `.incoming/`."""
+        os.rename(self._id, name, src_dir_fd=self._writer.folder.fd, dst_dir_fd=folder.fd)
+        self._is_incoming = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Only the name in `.incoming/` is deleted: whatever has happened, no visible file is touched.
+        with contextlib.suppress(OSError):
+            if self._is_incoming:
+                os.unlink(self._id, dir_fd=self._writer.folder.fd)
+        self._space.settle(unused=self._claimed)
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+class Writer(NamedTuple):
+    """This process's folder in `.incoming/`, and its lock, which tells recovery that the process lives."""
+
+    folder: Descriptor
+    lock: Descriptor | None  # None only of a dead writer
+
+
+class Space:
+    """The room on the disk: statvfs is asked once a second, and what uploads announced and have not yet written counts as used."""
+
+    def __init__(self, data: Folder, to_leave: int) -> None:
+        self._data, self._to_leave = data, to_leave
+        self._lock = threading.Lock()
+        self._asked = -_SPACE_AGE
+        self._free = self._claimed = 0
+
+    def claim(self, size: int) -> None:
+        """Set room aside; raises InsufficientStorage unless enough is left besides."""
+        with self._lock:
+            if self._to_leave and time.monotonic() - self._asked >= _SPACE_AGE:
+                self._free, self._asked = self.ask(), time.monotonic()
+            if self._to_leave and self._free - self._claimed - size < self._to_leave:
+                raise InsufficientStorage(
+                    f"There is no room for the file: {self._to_leave} bytes of the disk are to stay free"
+                )
+            self._claimed += size
+
+    def settle(self, *, written: int = 0, unused: int = 0) -> None:
+        """Give room back that was written, or that is not needed."""
+        with self._lock:
+            self._claimed -= written + unused
+            self._free -= written
+
+    def ask(self) -> int:
+        """Return the free bytes of the disk."""
+        with os_errors():
+            disk = os.fstatvfs(self._data.open().fd)
+        return disk.f_bavail * disk.f_frsize
+
+
+class Incoming:
+    """The folder `.incoming/` with the uploads of all writers. A writer is one process; its folder is made at its first upload."""
+
+    def __init__(self, data: Folder, lock: FolderLock, space: Space, max_file_size: int) -> None:
+        self.folder = Folder(".incoming", data)
+        self._lock, self._space, self._max_file_size = lock, space, max_file_size
+        self._writer: Writer | None = None
+        self._writer_lock = threading.Lock()
+        self._recovered = time.monotonic()
+
+    def new_upload(self, announced: int) -> Upload:
+        """Begin an upload whose request announced so many bytes; raises StorageError."""
+        if time.monotonic() - self._recovered > _RECOVERY_INTERVAL:
+            self.recover()
+        with os_errors():
+            self.folder.open()
+            try:
+                return Upload(self._get_writer(), self._space, self._max_file_size, announced)
+            except FileNotFoundError:  # the writer's folder has been deleted
+                self._writer = None
+                return Upload(self._get_writer(), self._space, self._max_file_size, announced)
+
+    def _get_writer(self) -> Writer:
+        with self._writer_lock:
+            if self._writer is None:
+                self.recover()
+                self._writer = self._make_writer()
+            return self._writer
+
+    def _make_writer(self) -> Writer:
+        incoming = self.folder.open(check=True)
+        name = uuid.uuid4().hex
+        with self._lock.hold(LOCK_TIMEOUT):  # so recovery never meets a folder whose lock is still to come
+            os.mkdir(name, 0o700, dir_fd=incoming.fd)
+            folder = open_folder(name, incoming)
+            lock = open_regular("lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+            fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Writer(folder, lock)
+
+    def close(self) -> None:
+        """Close the writer's lock: a child of a fork must not keep its parent's writer alive."""
+        if self._writer and self._writer.lock:
+            self._writer.lock.close()
+
+    def recover(self) -> None:
+        """Delete what dead writers left: nothing in it was ever acknowledged."""
+        self._recovered = time.monotonic()
+        try:
+            with os_errors():
+                if not self.folder.exists():
+                    return
+                incoming = self.folder.open()
+                with self._lock.hold(LOCK_TIMEOUT):
+                    dead = [(name, _dead_writer(name, incoming)) for name in list_names(incoming)]
+                for name, writer in dead:
+                    if writer:
+                        _delete(name, writer.folder, incoming)
+        except StorageError as error:
+            logger.warning("crash recovery of .incoming/ has to wait: %s", error)
+
+
+def _dead_writer(name: str, incoming: Descriptor) -> Writer | None:
+    """Return a writer whose process is dead, with its lock taken; None for one that lives."""
+    try:
+        folder = open_folder(name, incoming)
+    except (FileNotFoundError, NotADirectoryError):  # deleted by another process just now, or not a writer's
+        return None
+    try:
+        lock = open_regular("lock", os.O_RDWR, folder)
+        fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:  # its process died before it made its lock
+        return Writer(folder, None)
+    except BlockingIOError:
+        return None
+    return Writer(folder, lock)
+
+
+def _delete(name: str, folder: Descriptor, parent: Descriptor) -> None:
+    """Delete a dead writer's folder, as another host may do at the same time."""
+    with contextlib.suppress(FileNotFoundError):
+        for upload in list_names(folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(upload, dir_fd=folder.fd)
+        os.rmdir(name, dir_fd=parent.fd)
