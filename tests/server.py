@@ -105,7 +105,7 @@ class Nginx:
             if shutil.which(program) is None:
                 pytest.skip(f"{program} is not installed")
         base.mkdir()
-        self.port = free_port()
+        self.port, self.plain_port = free_port(), free_port()
         self.log, self.errors, self.certificate = base / "access.log", base / "error.log", base / "cert.pem"
         names = "subjectAltName=DNS:dqm.example.org,DNS:overwatch.example.org"
         line = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext {names}"
@@ -114,6 +114,7 @@ class Nginx:
         )
         paths = {
             "listen 443": f"listen 127.0.0.1:{self.port}",
+            "listen 80;": f"listen 127.0.0.1:{self.plain_port};",
             "/etc/ssl/certs/dqm.pem": str(self.certificate),
             "/etc/ssl/certs/overwatch.pem": str(self.certificate),
             "/etc/ssl/private/dqm.key": str(base / "key.pem"),

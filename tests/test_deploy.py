@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import hashlib
 import json
 import os
+import pwd
 import re
 import runpy
 import shlex
@@ -15,17 +17,20 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
 import uproot
-from conftest import (
+from client import (
     FILES,
+    GRAPHS,
     HEADERS,
     HISTOGRAMS,
     NAME,
@@ -33,21 +38,22 @@ from conftest import (
     PROJECT,
     TOKEN,
     Answer,
-    Nginx,
-    Server,
-    adapted,
-    free_port,
+    curl,
     receipts,
     settings,
     visible,
     wait_until,
 )
+from server import Nginx, Server, adapted, free_port
 from werkzeug.test import Client
 
+import gunicorn_worker
 import receiver
 
 DEPLOY = PROJECT / "deploy"
 UWSGI = Path(sys.executable).with_name("uwsgi")
+# PyPI's package `uwsgi`, in an environment with Flask and what the receiver needs; compiled, so that few have it.
+UWSGIS = [UWSGI, Path(os.environ.get("DQM_TEST_UWSGI", "/nonexistent"))]
 LARGE = 200 << 20  # bytes
 LIMIT = 2 << 30  # bytes a file may have by default
 PREFIXES = {"gunicorn": "https://dqm.example.org", "uwsgi": "https://overwatch.example.org/dqm"}
@@ -71,14 +77,15 @@ def unit() -> configparser.ConfigParser:
 
 
 def gunicorn_setting(name: str) -> Any:
-    return runpy.run_path(str(PROJECT / "gunicorn.conf.py"))[name]
+    with mock.patch.dict(os.environ):  # it sets up the metrics' folder
+        return runpy.run_path(str(PROJECT / "gunicorn.conf.py"))[name]
 
 
 class Uwsgi:
     """A real uWSGI with the shipped deploy/uwsgi.ini and deploy/overwatch_wsgi.py."""
 
-    def __init__(self, base: Path, folder: Path) -> None:
-        if not UWSGI.exists():
+    def __init__(self, base: Path, folder: Path, program: Path = UWSGI, **more: str) -> None:
+        if not program.exists():
             pytest.skip("uWSGI is not installed for this Python: pip install pyuwsgi")
         self.socket, self.log = base / "uwsgi.sock", base / "uwsgi.log"
         overwatch = base / "python/overwatch/webApp"
@@ -86,11 +93,18 @@ class Uwsgi:
         (overwatch / "run.py").write_text(OVERWATCH)
         changes = {
             "/opt/overwatch/share/dqm-receiver/": f"{DEPLOY}/",
-            "/run/overwatch/uwsgi.sock": str(self.socket),
+            "/run/overwatch/": f"{base}/",
         }
         (base / "uwsgi.ini").write_text(adapted((DEPLOY / "uwsgi.ini").read_text(), changes))
-        self.command = [str(UWSGI), "--ini", str(base / "uwsgi.ini")]
-        self.environ = {**os.environ, **settings(folder), "PYTHONPATH": f"{base / 'python'}:{PROJECT}"}
+        self.command = [str(program), "--ini", str(base / "uwsgi.ini")]
+        self.metrics = base / "metrics"
+        self.environ = {
+            **os.environ,
+            **settings(folder),
+            "PYTHONPATH": f"{base / 'python'}:{PROJECT}",
+            "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
+            **more,
+        }
         self.start()
 
     def start(self) -> None:
@@ -296,6 +310,53 @@ def test_a_body_beyond_the_limit_is_refused_at_once_in_json(way: Way) -> None:
     }
 
 
+REFUSALS = {
+    "a lone percent sign": (b"GET /% HTTP/1.1\r\nHost: {host}\r\n\r\n", 400),
+    "a long address": (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: {host}\r\n\r\n", 414),
+    "a method in small letters": (b"get / HTTP/1.1\r\nHost: {host}\r\n\r\n", 400),
+    "a path above the root": (b"GET /../../x HTTP/1.1\r\nHost: {host}\r\n\r\n", 400),
+    "no path": (b"OPTIONS * HTTP/1.1\r\nHost: {host}\r\n\r\n", 400),
+    "a long header": (b"GET / HTTP/1.1\r\nHost: {host}\r\nX: " + b"a" * 40000 + b"\r\n\r\n", 431),
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "an unknown version": (b"GET / HTTP/9.1\r\nHost: {host}\r\n\r\n", 505),
+    "an unknown transfer encoding": (b"POST / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: x\r\n\r\n", 501),
+    "TRACE": (b"TRACE / HTTP/1.1\r\nHost: {host}\r\n\r\n", 405),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_each_refusal_of_nginx_is_json(site: Site, name: str) -> None:
+    sent, status = REFUSALS[name]
+    with Way(site, "gunicorn").connect() as connection:
+        connection.sendall(sent.replace(b"{host}", b"dqm.example.org"))
+        answered, answer = answer_of(connection)
+    assert (answered, answer["status"], answer["received"]) == (status, status, None)
+    assert answer["message"]
+
+
+def test_plain_http_hears_of_https(site: Site) -> None:
+    answer = curl(f"http://127.0.0.1:{site.nginx.port}{FILES}", "-H", "Host: dqm.example.org")
+    assert (answer.status, answer.json["status"]) == (400, 400)
+    assert "https://" in answer.json["message"]
+
+
+def test_a_redirected_upload_stays_an_upload(site: Site) -> None:
+    """curl -L turns a POST that meets a 301 or 302 into a GET, which lists the files and answers 200."""
+    url = f"http://dqm.example.org:{site.nginx.plain_port}{FILES}"
+    to = ("--connect-to", f"dqm.example.org:443:127.0.0.1:{site.nginx.port}", "--cacert", str(site.nginx.certificate))
+    to = (*to, "--resolve", f"dqm.example.org:{site.nginx.plain_port}:127.0.0.1")
+    plain = curl(url, *to, "--data-binary", "@-", send=GRAPHS)
+    assert (plain.status, plain.headers["location"]) == (308, f"https://dqm.example.org{FILES}")
+    answer = curl(url, *to, "-L", "--data-binary", "@-", send=GRAPHS, headers={**HEADERS, "runNumber": "209"})
+    assert (answer.status, answer.json["message"]) == (200, receiver.SUCCESS)
+
+
+def test_blanks_around_a_header_do_not_matter(way: Way) -> None:
+    """RFC 9110, 5.5: tabs, too; nginx hands them on."""
+    answer = way(FILES, "--data-binary", "@-", "-H", "runNumber:\t208\t", send=GRAPHS, runNumber=None)
+    assert answer.status == 200, answer
+
+
 # --- downloads ---------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +447,44 @@ def test_an_upload_under_way_is_finished_before_the_server_stops(site: Site, nam
     server.start()  # for the other tests
 
 
+def sha256_of(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("program", UWSGIS, ids=["pyuwsgi", "uwsgi"])
+def test_a_reload_of_uwsgi_reads_the_tokens(tmp_path: Path, program: Path) -> None:
+    """The upload under way is finished, and others are answered meanwhile."""
+    tokens = tmp_path / "tokens.ini"
+    tokens.write_text(f"[tokens]\nEMC = {sha256_of(TOKEN)}\n")
+    tokens.chmod(0o600)
+    (tmp_path / "uwsgi").mkdir()
+    folder, port = tmp_path / "data", free_port()
+    more = {"DQM_RECEIVER_TOKEN": "", "DQM_RECEIVER_TOKENS_FILE": str(tokens), "UWSGI_HTTP_SOCKET": f"127.0.0.1:{port}"}
+    server = Uwsgi(tmp_path / "uwsgi", folder, program, **more)
+    files = f"http://127.0.0.1:{port}/dqm{FILES}"
+    head = f"POST /dqm{FILES} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(HISTOGRAMS)}\r\nConnection: close\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items()) + "\r\n"
+    try:
+        with socket.create_connection(("127.0.0.1", port), 60) as connection:
+            connection.sendall(head.encode() + HISTOGRAMS[:2000])
+            wait_until(lambda: any((folder / ".incoming").glob("*")), 20)
+            tokens.write_text(f"[tokens]\nEMC = {sha256_of(TOKEN)} {sha256_of('new')}\n")
+            server.process.send_signal(signal.SIGHUP)
+            for _ in range(20):
+                assert curl(files, headers={"token": TOKEN}).status == 200
+                time.sleep(0.1)
+            assert not visible(folder)
+            connection.sendall(HISTOGRAMS[2000:])
+            with connection.makefile("rb") as answer:
+                assert b" 200 " in answer.readline()
+        wait_until(lambda: "chain reloading complete" in server.log.read_text(), 60)
+        assert curl(files, headers={"token": "new"}).status == 200
+        assert server.process.poll() is None
+        assert server.metrics.is_dir()
+    finally:
+        server.stop()
+
+
 # --- what agrees with what ---------------------------------------------------------------------------------------------
 
 
@@ -394,11 +493,22 @@ def test_the_limits_of_nginx_agree_with_the_receivers() -> None:
     limit = receiver.Settings.read({"DQM_RECEIVER_TOKEN": TOKEN}).max_file_size
     assert set(re.findall(r"client_max_body_size (\S+);", text)) == {f"{(limit + receiver._FORM_OVERHEAD) >> 20}m"}
     assert set(re.findall(r"limit of (\d+) bytes", text)) == {str(limit)}
-    assert set(re.findall(r"(?:client_body_timeout|send_timeout) (\S+);", text)) == {f"{gunicorn_setting('STALLED')}s"}
+    for name, seconds in {
+        "client_header_timeout": gunicorn_worker.HEAD_TIMEOUT,
+        "client_body_timeout": gunicorn_worker.RATE_WINDOW,
+        r"[ ]send_timeout": gunicorn_worker.ANSWER_TIMEOUT,
+    }.items():
+        assert set(re.findall(name + r" (\S+);", text)) == {f"{seconds:.0f}s"}, name
 
 
 def test_systemd_gives_uploads_the_time_that_gunicorn_gives_them() -> None:
     assert int(unit()["Service"]["TimeoutStopSec"]) > gunicorn_setting("graceful_timeout")
+
+
+UNITS = {
+    "dqm-receiver.service": {"/opt/dqm-receiver/bin/gunicorn": sys.executable},
+    "dqm-receiver.socket": {},
+}
 
 
 def systemd_analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -407,12 +517,10 @@ def systemd_analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_systemd_understands_the_unit(tmp_path: Path) -> None:
-    path = tmp_path / "dqm-receiver.service"
-    path.write_text(
-        adapted((DEPLOY / "dqm-receiver.service").read_text(), {"/opt/dqm-receiver/bin/gunicorn": sys.executable})
-    )
-    run = systemd_analyze("verify", "--man=no", str(path))
+def test_systemd_understands_the_units(tmp_path: Path) -> None:
+    for name, changes in UNITS.items():
+        (tmp_path / name).write_text(adapted((DEPLOY / name).read_text(), changes))
+    run = systemd_analyze("verify", "--man=no", *(str(tmp_path / name) for name in UNITS))
     assert (run.returncode, run.stdout + run.stderr) == (0, "")
 
 
@@ -421,3 +529,64 @@ def test_systemd_finds_the_unit_hardened() -> None:
     if "unrecognized option" in run.stderr:
         pytest.skip("this systemd-analyze knows no --offline")
     assert run.returncode == 0, run.stdout
+
+
+def test_gunicorn_serves_on_systemds_socket(tmp_path: Path) -> None:
+    """It is handed the socket; where systemd listens, no other account can bind the port during a restart."""
+    program = shutil.which("systemd-socket-activate")
+    if program is None:
+        pytest.skip("systemd-socket-activate is not installed")
+    port = free_port()
+    environ = {**settings(tmp_path / "data"), "PATH": os.environ["PATH"]}
+    command = [program, f"--listen=127.0.0.1:{port}", *(f"--setenv={name}={environ[name]}" for name in environ)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, sys.executable, "-m", "gunicorn"], cwd=PROJECT, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}{FILES}"
+        wait_until(lambda: curl(url, "--data-binary", "@-", send=HISTOGRAMS).status == 200, 30)
+        assert f"Listening at: http://127.0.0.1:{port} " in (tmp_path / "log").read_text()
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_root_may_start_it_for_another_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """gunicorn --user: the application is loaded by root, and the workers are `nobody`."""
+    nobody = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        folder = Path(base, "data")
+        folder.mkdir()
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        arguments = ("--user", "nobody", "--group", str(nobody.pw_gid))
+        server = Server(settings(folder), Path(base, "gunicorn.log"), arguments)
+        try:
+            answer = curl(server.files, "--data-binary", "@-", send=HISTOGRAMS)
+            assert answer.status == 200, answer
+            assert (folder / answer.json["filename"]).stat().st_uid == nobody.pw_uid
+            assert curl(server.url + "/rest/api/health", headers={}).status == 200
+            assert curl(server.url + "/metrics", headers={}).status == 200
+        finally:
+            server.stop()
+
+
+def test_plain_gunicorn_serves_on_this_host_only() -> None:
+    assert gunicorn_setting("bind") == "127.0.0.1:8080"
+
+
+def test_a_dead_workers_gauges_are_removed(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ, PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "metrics")):
+        server = make_server("--workers", "1")
+    (worker,) = server.workers()
+    gauges = tmp_path / "metrics" / f"gauge_livesum_{worker}.db"
+    gauges.touch()
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: server.workers() != [worker] and not gauges.exists(), 30)
+    assert (tmp_path / "metrics").is_dir()
+
+
+@pytest.mark.parametrize("field", ["X-Forwarded-Protocol: https", "X-Forwarded-Ssl: off"])
+def test_other_forwarding_headers_are_let_be(site: Site, field: str) -> None:
+    answer = curl(site.gunicorn.url + "/rest/api/health", "-H", "X-Forwarded-Proto: https", "-H", field, headers={})
+    assert answer.status == 200
