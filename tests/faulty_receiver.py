@@ -32,7 +32,6 @@ from typing import Any
 from client import FILES, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, settings, visible
 from faults import (
     INVALID,
-    OLD_COMMIT,
     BrokenPromise,
     Sent,
     assert_promise,
@@ -44,7 +43,6 @@ from faults import (
 from werkzeug.test import Client
 
 import receiver
-import storage
 
 BODIES = {"histograms": HISTOGRAMS, "profiles": PROFILES, "graphs": GRAPHS, "invalid": INVALID}
 BASE = 234  # the time stamp of the upload under test
@@ -256,7 +254,7 @@ RIVALS = {"rival": GRAPHS, "equal rival": HISTOGRAMS}
 # The steps without which no byte or name is durable.
 DURABLE = re.compile(r"upload: (fsync (\.|NAME|\.incoming/(<id>/)?<id>|\.replaced(/<id>)?)|write \.incoming/\S+)( #|$)")
 RIVAL_WAIT = 1.0  # seconds for which a process that may hold a lock waits for its rival
-LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
+SHORT_LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
 
 
 def send(app: Any, body: bytes, time_stamp: int = BASE, **more: str) -> tuple[int, Any]:
@@ -570,6 +568,9 @@ class Served:
         self.steps.stop()
         self.steps.at(pattern, action, times)
 
+    def trace(self) -> list[str]:
+        return self.steps.trace
+
     def post(self, body: str, headers: dict[str, str]) -> tuple[int, Any]:
         response = Client(self.app).post(FILES, headers=headers, data=bytes.fromhex(body))
         return response.status_code, response.json
@@ -646,8 +647,9 @@ def serve(folder: Path) -> None:
 
 
 def main() -> None:
-    if not OLD_COMMIT:
-        storage.LOCK_TIMEOUT = LOCK_TIMEOUT  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        if hasattr(module, "LOCK_TIMEOUT"):
+            module.LOCK_TIMEOUT = SHORT_LOCK_TIMEOUT
     if sys.argv[1] == "every-step":
         every_step(Path(sys.argv[2]).resolve(), *sys.argv[3:5])
     else:
