@@ -565,8 +565,14 @@ class Served:
         self.app = receiver.create_app(settings(self.folder, **more))
 
     def fault(self, pattern: str, action: str, times: int) -> None:
+        utime = os.utime
+
+        def touch() -> str:
+            utime(self.folder / NAME)
+            return "nothing"
+
         self.steps.stop()
-        self.steps.at(pattern, action, times)
+        self.steps.at(pattern, touch if action == "touch NAME" else action, times)
 
     def trace(self) -> list[str]:
         return self.steps.trace
