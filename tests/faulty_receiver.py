@@ -86,7 +86,7 @@ class Steps:
 
     Actions: "kill before", "kill after"; an error ("EIO"), an error though the call has been made ("EIO after"), an error at
     this call and every later one of its kind ("EIO for good"); "torn" (half of the bytes are written, then ENOSPC), "short"
-    (half of the bytes are written); "stop" (SIGSTOP); "nothing"; or a function, which is called before the call and returns
+    (half of the bytes are written); "stop" (SIGSTOP); "read-only" (so is the disk from here on); "nothing"; or a function, which is called before the call and returns
     one of those.
     """
 
@@ -98,7 +98,7 @@ class Steps:
         self.pattern, self.times = "", 0
         self.action: str | Callable[[], str] = "nothing"
         self._counts: Counter[str] = Counter()
-        self.lasting = ""  # the call that fails for good
+        self.lasting: set[str] = set()  # the calls that fail for good
         self._lock = threading.Lock()
         self._readlink, self._write = os.readlink, os.write
         self._busy = threading.local()
@@ -116,7 +116,7 @@ class Steps:
 
     def stop(self) -> None:
         """Take no action any more."""
-        self.times, self.lasting = 0, ""
+        self.times, self.lasting = 0, set()
 
     def _wrapped(self, real: Callable[..., Any], function: str, call: str) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **more: Any) -> Any:
@@ -187,7 +187,7 @@ class Steps:
             if hit:
                 self.times -= 1
                 self.fired.append(name)
-            action = self.action if hit or self.lasting == call else "nothing"
+            action = self.action if hit or call in self.lasting else "nothing"
         if callable(action):
             self._busy.now = True
             try:
@@ -209,6 +209,11 @@ class Steps:
             if action == "torn":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return written
+        if action == "read-only":
+            self.lasting = CHANGING - {"flock", "fsync"}
+            if call in self.lasting:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return real(*arguments, **more)
         if action == "kill before":
             os.kill(os.getpid(), signal.SIGKILL)
         kind, _, when = action.partition(" ")
@@ -223,7 +228,7 @@ class Steps:
             elif call in ("create", "open"):
                 os.close(result)
         if when == "for good":
-            self.lasting = call
+            self.lasting = {call}
         number = getattr(errno, kind)
         raise OSError(number, os.strerror(number))
 
@@ -655,7 +660,7 @@ def serve(folder: Path) -> None:
 def main() -> None:
     for module in list(sys.modules.values()):
         if hasattr(module, "LOCK_TIMEOUT"):
-            module.LOCK_TIMEOUT = SHORT_LOCK_TIMEOUT
+            vars(module)["LOCK_TIMEOUT"] = SHORT_LOCK_TIMEOUT
     if sys.argv[1] == "every-step":
         every_step(Path(sys.argv[2]).resolve(), *sys.argv[3:5])
     else:
