@@ -146,11 +146,11 @@ def faulty_receiver(*arguments: str) -> list[str]:
 class Process:
     """A receiver in a process of its own, without HTTP, that does as it is told: see faulty_receiver.Served."""
 
-    def __init__(self, folder: Path, *, start: bool = True, **settings: str) -> None:
+    def __init__(self, folder: Path, *, start: bool = True, prefix: tuple[str, ...] = (), **settings: str) -> None:
         self.folder = folder
         self.forks: list[int] = []
         self._process = subprocess.Popen(
-            faulty_receiver("serve", str(folder)),
+            [*prefix, *faulty_receiver("serve", str(folder))],
             cwd=PROJECT,
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
             stdin=subprocess.PIPE,
