@@ -91,8 +91,7 @@ class _Walk:
             self._list("TList", len(self._data), self._item)
         except (struct.error, IndexError):
             raise self._damaged("ends early") from None
-        if self._at != len(self._data):
-            raise self._damaged("ends before its last byte")
+        # uproot leaves room behind it.
 
     def _damaged(self, text: str) -> DamagedStreamerInfo:
         return DamagedStreamerInfo(f"damaged streamer info: {text} (byte {self._at} of {len(self._data)})")
