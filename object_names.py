@@ -18,9 +18,9 @@ _OBJECT_SIZE = 10  # of TObject: class version, fUniqueID, fBits
 _IS_REFERENCED = 0x10  # the bit of TObject, in the last of its bytes, behind which two more follow (kIsReferenced)
 _NAMED = struct.Struct(">IHH")  # of TNamed: byte count, class version; and the version of its TObject
 _NAMED_SIZE = (_BYTE_COUNT << 24) + _VERSION_SIZE - 4 + _OBJECT_SIZE  # its byte count, without name and title
-# Of TPad 11 to 13: 27 doubles, 9 ints, 2 shorts and 6 bools between its bases and the pointers before its name, and two ints
+# Of TPad 13: 39 doubles, 9 ints, 2 shorts and 6 bools between its bases and the pointers before its name, and two ints
 # behind its title.
-_PAD_FIELDS = 262
+_PAD_FIELDS = 358
 _PAD_END = 8
 _BOX_OF_PAD = b"\x40\0\0\2\0\0"  # TAttBBox2D, a base of newer pads, which has no fields
 _PAVE_FIELDS = 52  # of TPave: four doubles, three ints and a double between its base, TBox, and its option and name

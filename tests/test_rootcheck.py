@@ -197,7 +197,7 @@ def test_histograms_trees_and_directories_of_uproot(compression: Any, tmp_path: 
     assert check_root_file(path) == {
         "h": RootObject("h", "TH1D"),
         "one": RootObject("one", "TDirectory"),
-        "text": RootObject("plain text " * 100, "TObjString"),
+        "text": RootObject(("plain text " * 100)[:1000], "TObjString"),
         "tree": RootObject("tree", "TTree"),
     }
 
@@ -583,7 +583,7 @@ def test_key_cut_off_by_the_end_of_the_file(left: int, version: int, refuse: Ref
     refuse(content + key.pack()[:left], "")
 
 
-@pytest.mark.parametrize("length", [254, 255, 256, 16_000])
+@pytest.mark.parametrize("length", [254, 255, 256, 1000])
 def test_names_of_any_length(length: int, check: Check) -> None:
     """From 255 bytes on, the length takes five bytes."""
     file = File()
