@@ -30,6 +30,7 @@ _COUNT_BITS = 0x3FFFFFFF
 _NEW_CLASS = 0xFFFFFFFF  # tag before a name (kNewClassTag)
 _CLASS_BIT = 0x80000000  # of the tag of a class that has been named before (kClassMask)
 _MAP_OFFSET = 2  # added to positions in tags (kMapOffset)
+_MOVED = 8  # bytes by which keys differ
 _LONGEST_CLASS = 80  # TClass::Load
 _IS_REFERENCED = 0x10  # a bit of TObject, behind which two more bytes follow (kIsReferenced)
 _MAX_CLASS_VERSION = 65_000  # TStreamerInfo::BuildCheck
@@ -83,6 +84,7 @@ class _Walk:
         self._data = data
         self._at = 0
         self._shift = key_size + _MAP_OFFSET  # tags count from the first byte of the key
+        self._moved: int | None = None  # by how much all tags are too large; the first one tells
         self._classes: dict[int, str] = {}
         self._check_time = check_time
 
@@ -187,11 +189,16 @@ class _Walk:
             name = self._class_name()
             self._classes[start + 4 + self._shift] = name
         else:
-            name = self._classes.get(tag ^ _CLASS_BIT, "")
+            name = self._named_before(tag ^ _CLASS_BIT)
         if name not in _VERSIONS:
             raise self._damaged(f"an object of class {name or hex(tag)!r}")
         read(name, stop)
         self._leave(f"object of class {name}", stop)
+
+    def _named_before(self, tag: int) -> str:
+        if self._moved is None:  # uproot.update copies a payload whose key had 8-byte positions behind one of 4-byte ones
+            self._moved = _MOVED if tag not in self._classes and tag - _MOVED in self._classes else 0
+        return self._classes.get(tag - self._moved, "")
 
     def _class_name(self) -> str:
         end = self._data.find(b"\0", self._at, self._at + _LONGEST_CLASS)
