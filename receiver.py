@@ -68,8 +68,6 @@ NO_TOKEN = "Must pass a token!"
 WRONG_TOKEN = "Received token, but it is invalid!"
 NOT_VALID = "Successfully received the file, but the file is not valid! Perhaps it was corrupted?"
 
-REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
-
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -247,10 +245,7 @@ class Receiver:
 
     def receive(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/files: receive the body, validate, commit, record, answer."""
-        for name in REQUIRED_HEADERS:
-            if name not in request.headers:
-                raise RequestRefused(f"Must pass the header {name}!", "headers")
-        headers = self.read_head(request)
+        headers = self.read_head(request, required=True)
         self.receipts.folder.open()  # better 503 before the commit than after it
         with self.metrics.upload_in_progress(), self.recording_rejections(request, headers):
             with self.receive_body(request) as upload:
@@ -273,17 +268,16 @@ class Receiver:
     def check(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/check: answer what the upload would be answered, and store nothing."""
         request.is_check = True
-        headers = self.read_head(request)
+        headers = self.read_head(request, required=False)
         with self.receive_body(request) as upload:
             objects, _ = self.validate(request, upload, headers)
-            name = headers.file_name if all(name in request.headers for name in REQUIRED_HEADERS) else None
-            outcome = self.storage.compare(upload, name) if name else "stored"
-            answer = success(upload, objects, name)
+            outcome = self.storage.compare(upload, headers.file_name) if headers.file_name else "stored"
+            answer = success(upload, objects, headers.file_name)
         self.metrics.count_check("valid")
         log("check", status=200, **request.facts, size=upload.size)
         return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
-    def read_head(self, request: ReceiverRequest) -> UploadHeaders:
+    def read_head(self, request: ReceiverRequest, *, required: bool) -> UploadHeaders:
         """Check what can be checked before the body arrives; raises RequestRefused or FileTooLarge."""
         encoding = request.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
@@ -292,7 +286,7 @@ class Receiver:
         if "Transfer-Encoding" in request.headers and not request.environ.get("wsgi.input_terminated"):
             message = "The server does not hand on a chunked body: send it with a Content-Length"
             raise RequestRefused(message, "length_required", status=411)
-        headers = UploadHeaders.read(request.headers)
+        headers = UploadHeaders.read(request.headers, required=required)
         expected, token = self.settings.agents, request.token
         if headers.agent and expected and headers.agent not in expected:
             message = f"The agent {headers.agent} is not expected here; expected: {' '.join(expected)}"
@@ -516,7 +510,7 @@ def make_receipt(request: ReceiverRequest, headers: UploadHeaders, outcome: str,
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 
-def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str | None) -> dict[str, Any]:
+def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str) -> dict[str, Any]:
     """Return the answer to a valid file, with at most 1 MiB of JSON about its objects."""
     described = {key: found.description for key, found in objects.items()}
     answer: dict[str, Any] = {"status": 200} | ({"filename": name} if name else {})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dqm_receiver")
 
 FORM_OVERHEAD = 1 << 20  # bytes that a form may have beside its file
+REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 NO_FILE = "No file uploaded and the payload was empty"
 
 _FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
@@ -152,22 +153,27 @@ class UploadHeaders(NamedTuple):
     agent: str
     data_status: int
     sha256: str | None
-    file_name: str
+    file_name: str  # empty where run, time stamp or agent is missing
 
     @classmethod
-    def read(cls, headers: Headers) -> UploadHeaders:
-        """Check the headers that are there; raises RequestRefused, naming the one that is wrong."""
+    def read(cls, headers: Headers, *, required: bool) -> UploadHeaders:
+        """Check the headers; raises RequestRefused, naming the one that is missing or wrong."""
+        run, time_stamp, agent = (headers.get(name) for name in REQUIRED_HEADERS)
+        if required and None in (run, time_stamp, agent):
+            missing = next(name for name in REQUIRED_HEADERS if name not in headers)
+            raise RequestRefused(f"Must pass the header {missing}!", "headers")
         sha256 = headers.get("sha256")
         if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
             raise _wrong_header("header sha256", sha256, "must be 64 hexadecimal digits")
         status = headers.get("dataStatus", "0")
         if status not in ("0", "1", "2"):
             raise _wrong_header("header dataStatus", status, "must be 0, 1 (start of a set of data) or 2 (end)")
-        run = check_number("header runNumber", headers.get("runNumber", "0"), storage.MAX_RUN)
-        time_stamp = check_time_stamp(headers.get("timeStamp", "0"))
-        agent = check_agent("header amoreAgent", headers["amoreAgent"]) if "amoreAgent" in headers else ""
-        name = storage.file_name(agent, run, time_stamp)
-        return cls(run, time_stamp, agent, int(status), sha256 and sha256.lower(), name)
+        checked_run = 0 if run is None else check_number("header runNumber", run, storage.MAX_RUN)
+        checked_time = 0 if time_stamp is None else check_time_stamp(time_stamp)
+        checked_agent = "" if agent is None else check_agent("header amoreAgent", agent)
+        is_named = None not in (run, time_stamp, agent)
+        name = storage.file_name(checked_agent, checked_run, checked_time) if is_named else ""
+        return cls(checked_run, checked_time, checked_agent, int(status), sha256 and sha256.lower(), name)
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:
