@@ -47,6 +47,8 @@ from second_reader import TopLevelKey, compare_with_uproot
 from streamer_info import MAX_SIZE as MAX_STREAMER_INFO
 from streamer_info import DamagedStreamerInfo, check_streamer_info
 
+__all__ = ["InvalidRootFile", "RootObject", "check_root_file", "main"]
+
 # Limits on what a file may ask of us; no honest file comes near them. Those on inflating are in inflate.py.
 MAX_KEYS = 200_000
 MAX_DIRECTORIES = 20_000
