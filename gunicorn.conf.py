@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import encodings.idna
 import logging
 import os
 import resource
