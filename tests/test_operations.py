@@ -88,7 +88,8 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def use(server: Server) -> None:
-    """Have a file stored, one rejected and a request refused."""
+    """Have a file stored, one rejected, one checked and a request refused."""
+    curl(f"{server.url}/rest/api/check", "--data-binary", "@-", send=HISTOGRAMS)
     post(server.port, HISTOGRAMS)
     post(server.port, b"rubbish")
     post(server.port, HISTOGRAMS, {**HEADERS, "token": "wrong"})
