@@ -73,11 +73,11 @@ CHANGING = {"create", "flock", *TWO_PATHS.values(), *TO_PATH, *TO_DESCRIPTOR, *C
 
 # Which calls can fail with which error.
 ERRORS = {
-    "EIO": {*CHANGING, "open", *LOOKS.values()},
+    "EIO": {*CHANGING, "open", "read", "scandir", "listdir"},
     "ENOSPC": {"create", "write", "link", "rename", "symlink", "mkdir", "fsync", "ftruncate", *TO_DESCRIPTOR},
     "EMFILE": {"create", "open", "scandir", "listdir"},
     "EACCES": {"create", "open", "link", "rename", "unlink", "mkdir", "rmdir", "utime", "scandir", "listdir", "access"},
-    "ESTALE": {*CHANGING, "open", "stat", "lstat", "fstat", "read"},
+    "ESTALE": {*CHANGING, "open", *LOOKS.values()},
 }
 
 
@@ -258,7 +258,7 @@ SITUATIONS = {
 RIVALS = {"rival": GRAPHS, "equal rival": HISTOGRAMS}
 # The steps without which no byte or name is durable.
 DURABLE = re.compile(r"upload: (fsync (\.|NAME|\.incoming/(<id>/)?<id>|\.replaced(/<id>)?)|write \.incoming/\S+)( #|$)")
-RIVAL_WAIT = 1.0  # seconds for which a process that may hold a lock waits for its rival
+RIVAL_WAIT = 0.5  # seconds for which a process that may hold a lock waits for its rival
 SHORT_LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
 
 

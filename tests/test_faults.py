@@ -140,7 +140,7 @@ def test_other_programs_between_two_steps_break_nothing(memory: Path, situation:
 @pytest.mark.parametrize(
     ("situation", "action"),
     [
-        *table("folder name duplicate", "rival"),
+        *table("name duplicate", "rival"),
         *table("folder", "equal rival"),
         *table("", "rival, then EIO"),
         *table("name", "equal rival, then EIO"),
@@ -240,7 +240,7 @@ def test_different_files_at_once_are_all_kept(
     assert len(visible(folder)) == 2
 
 
-def test_files_that_take_turns_at_a_name_are_kept(make_process: MakeProcess, folder: Path) -> None:
+def test_files_that_take_turns_are_kept(make_process: MakeProcess, folder: Path) -> None:
     sent = race([make_process() for _ in range(4)], "in turns", 12)
     assert_promise(folder, sent)
     assert len(visible(folder)) == 3
@@ -270,7 +270,7 @@ def test_starting_receivers_leave_uploads_in_progress_alone(make_process: MakePr
     assert_promise(folder, [(name_of(time_stamp), digest) for _, time_stamp, digest, _ in results])
 
 
-def test_processes_that_start_at_once_share_a_new_folder(make_process: MakeProcess, folder: Path) -> None:
+def test_processes_that_start_at_once_share_a_folder(make_process: MakeProcess, folder: Path) -> None:
     processes = [make_process(start=False) for _ in range(4)]
     for process in processes:
         process.begin("start")
@@ -291,7 +291,7 @@ def lock_held(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("before", [None, GRAPHS], ids=["a free name", "a taken name"])
-def test_one_name_many_times_in_a_batch_is_kept(make_process: MakeProcess, folder: Path, before: bytes | None) -> None:
+def test_one_name_many_times_in_a_batch(make_process: MakeProcess, folder: Path, before: bytes | None) -> None:
     """Uploads that wait for `.lock` are committed together."""
     process = make_process()
     acknowledged = []
@@ -673,7 +673,7 @@ def test_disk_full_at_any_page_keeps_the_promise(make_tmpfs: MakeTmpfs, pages: i
     assert_promise(folder, [*acknowledged, upload])
 
 
-def test_invalid_file_is_400_without_room_for_its_receipt(make_tmpfs: MakeTmpfs) -> None:
+def test_invalid_file_is_400_without_room(make_tmpfs: MakeTmpfs) -> None:
     folder = make_tmpfs("size=1m")
     client = Client(receiver.create_app(settings(folder)))
     assert send(client, PROFILES, 1).status_code == 200
@@ -729,7 +729,7 @@ def test_disk_without_inodes_keeps_the_promise(make_tmpfs: MakeTmpfs, free: int,
     assert_promise(folder, [*acknowledged, (NAME, sha256(GRAPHS))], unsure=[upload])
 
 
-def test_server_on_a_full_disk_resumes_when_there_is_room(
+def test_server_on_a_full_disk_resumes(
     make_server: Callable[..., Server], make_tmpfs: MakeTmpfs, tmp_path: Path
 ) -> None:
     folder = make_tmpfs("size=8m")
@@ -792,7 +792,7 @@ def put_file_in_place(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("lose", [remove, put_file_in_place])
-def test_missing_folder_is_503_and_is_not_made_anew(client: Client, folder: Path, lose: Callable[[Path], None]) -> None:
+def test_missing_folder_is_503_and_stays_missing(client: Client, folder: Path, lose: Callable[[Path], None]) -> None:
     """A folder that is gone may be a disk that is not mounted."""
     assert send(client, HISTOGRAMS).status_code == 200
     lose(folder)
@@ -887,9 +887,7 @@ def test_process_stops_after_a_failed_folder_fsync(make_process: MakeProcess, fo
     ("step", "action"),
     [("write", "torn"), ("write", "ENOSPC"), ("write", "EIO"), ("fsync", "EIO"), ("fsync", "ENOSPC")],
 )
-def test_failed_receipt_is_503_and_begins_a_new_log(
-    make_process: MakeProcess, folder: Path, step: str, action: str
-) -> None:
+def test_failed_receipt_begins_a_new_log(make_process: MakeProcess, folder: Path, step: str, action: str) -> None:
     """The file stays, as it is after its commit point; no later receipt is glued to a torn one."""
     process = make_process()
     assert process.post(PROFILES).status == 200
@@ -988,7 +986,7 @@ def test_removed_lock_is_noticed(make_process: MakeProcess, folder: Path) -> Non
 
 
 @commit_by_rename
-def test_writer_whose_folder_is_removed_becomes_a_new_one(make_process: MakeProcess, folder: Path) -> None:
+def test_removed_writer_becomes_a_new_one(make_process: MakeProcess, folder: Path) -> None:
     process = make_process()
     assert process.post(PROFILES).status == 200
     before = writers(folder)

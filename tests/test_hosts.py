@@ -121,7 +121,7 @@ def half_an_upload(host: Host, run: int) -> subprocess.Popen[bytes]:
 # --- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_file_stored_by_one_host_is_served_by_both(hosts: Hosts) -> None:
+def test_file_of_one_host_is_served_by_both(hosts: Hosts) -> None:
     for number, (one, other) in enumerate([(hosts.a, hosts.b), (hosts.b, hosts.a)]):
         reply = post(one.port, HISTOGRAMS, headers(10 + number))
         assert reply.status == 200
@@ -206,7 +206,7 @@ def test_two_hosts_keep_every_file_of_a_name(hosts: Hosts) -> None:
 # --- crash recovery ----------------------------------------------------------------------------------------------------
 
 
-def test_start_of_a_host_leaves_uploads_of_the_other(hosts: Hosts) -> None:
+def test_host_that_starts_leaves_uploads_of_others(hosts: Hosts) -> None:
     sender = half_an_upload(hosts.a, 30)
     hosts.b.kill()
     hosts.b.start()

@@ -630,7 +630,7 @@ def test_connection_cut_at_any_stage_leaves_nothing(rude: tuple[Server, Path], k
         assert there == {}
 
 
-def test_sender_that_leaves_has_a_whole_file_or_none(
+def test_sender_that_leaves_stores_all_or_nothing(
     rude: tuple[Server, Path],
 ) -> None:
     server, folder = rude
@@ -743,7 +743,7 @@ def test_chunked_body_above_the_limit_is_refused(rude: tuple[Server, Path]) -> N
 # --- Expect: 100-continue ----------------------------------------------------------------------------------------------
 
 
-def test_100_continue_is_sent_to_a_sender_that_waits(rude: tuple[Server, Path]) -> None:
+def test_100_continue_answers_a_sender_that_waits(rude: tuple[Server, Path]) -> None:
     server, folder = rude
     with connect(server.port) as peer:
         peer.sendall(head(len(HISTOGRAMS), "Expect: 100-continue"))
@@ -756,7 +756,7 @@ def test_100_continue_is_sent_to_a_sender_that_waits(rude: tuple[Server, Path]) 
     assert visible(folder) == {NAME: HISTOGRAMS}
 
 
-def test_sender_that_stops_after_100_continue_harms_no_other(rude: tuple[Server, Path]) -> None:
+def test_sender_that_stops_after_100_continue(rude: tuple[Server, Path]) -> None:
     server, folder = rude
     with connect(server.port) as peer:
         peer.sendall(head(len(HISTOGRAMS), "Expect: 100-continue"))
