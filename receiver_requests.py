@@ -29,6 +29,8 @@ NO_FILE = "No file uploaded and the payload was empty"
 
 _FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
 _MAX_FORM_PARTS = 16
+_MAX_PADDING = 100  # blanks behind a boundary (RFC 2046, 5.1.1, "transport-padding")
+_QUOTES = "a boundary with = or / must stand in quotes"
 _MAX_LIMIT = 1000  # entries of a list that is asked for in parts
 _MIN_RATE = 1024  # bytes a second that a refused body must keep
 
@@ -238,27 +240,38 @@ def form_events(request: ReceiverRequest) -> Iterator[Event]:
     """Yield the events of Werkzeug's parser for a form's body; raises RequestRefused in our words where it is malformed."""
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary or not boundary.isascii():
-        raise malformed("its Content-Type has no boundary, or one that is not ASCII")
+        raise malformed(f"its Content-Type has no boundary, or one that is not ASCII; {_QUOTES}")
+    delimiter = b"--" + boundary.encode()
     decoder = MultipartDecoder(boundary.encode(), max_form_memory_size=4 * _FORM_CHUNK, max_parts=_MAX_FORM_PARTS)
     try:
         while not isinstance(event := decoder.next_event(), Epilogue):
             if isinstance(event, NeedData):
                 decoder.receive_data(request.body.read(_FORM_CHUNK) or None)
+                # Where a piece ends inside the line of a delimiter, Werkzeug (3.1.9) adds the CR before it to the file.
+                while ends_in_delimiter(decoder.buffer, delimiter) and not decoder.complete:
+                    decoder.receive_data(request.body.read(len(delimiter)) or None)
             else:
                 yield event
     except UnicodeDecodeError as error:
         raise malformed("the head of a part (its file name?) is not UTF-8") from error
     except RequestEntityTooLarge as error:
-        raise malformed(f"it has more than {_MAX_FORM_PARTS} parts, or a part with a very long head") from error
+        raise malformed(
+            f"it has more than {_MAX_FORM_PARTS} parts, or a very long head, preamble or epilogue"
+        ) from error
     except (ValueError, HTTPException) as error:
         if not request.body.received:
             raise RequestRefused(NO_FILE, "empty", reason="the form is empty") from error
         if decoder.state is State.PREAMBLE:
-            hint = "a boundary with = or / must stand in quotes"
-            raise malformed(f"the boundary of its Content-Type, {boundary!r}, is not in the body; {hint}") from error
+            raise malformed(f"the boundary of its Content-Type, {boundary!r}, is not in the body; {_QUOTES}") from error
         if decoder.state is State.PART:
             raise malformed("the head of a part is incomplete, or has no Content-Disposition") from error
         raise malformed("it ends without the closing boundary") from error
+
+
+def ends_in_delimiter(buffer: bytearray, delimiter: bytes) -> bool:
+    """Return whether the line of a delimiter has begun at the end of a buffer, and not ended."""
+    tail = bytes(buffer[-len(delimiter) - _MAX_PADDING :]).rstrip(b" \t\v\f")
+    return tail.endswith((delimiter, delimiter + b"-"))
 
 
 def malformed(what: str) -> RequestRefused:
