@@ -32,7 +32,7 @@ import rootcheck
 import storage
 from downloads import conditional, send_file
 from durable import StorageError, os_errors
-from receipts import OUTCOMES, Query, Receipt, ReceiptLog
+from receipts import OUTCOMES, Query, Receipt, ReceiptLog, RunNotFound
 from receiver_metrics import Metrics
 from receiver_requests import (
     FORM_OVERHEAD,
@@ -278,7 +278,7 @@ class Receiver:
         return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
     def read_head(self, request: ReceiverRequest, *, required: bool) -> UploadHeaders:
-        """Check what can be checked before the body arrives; raises RequestRefused or FileTooLarge."""
+        """Check what the head says of an upload; raises RequestRefused."""
         encoding = request.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             message = f"The body has the Content-Encoding {encoding!r}: send it as it is"
@@ -294,8 +294,6 @@ class Receiver:
         if headers.agent and token and token.agents and headers.agent not in token.agents:
             message = f"The token {token.name} may send as {' '.join(token.agents)}, not as {headers.agent}"
             raise RequestRefused(message, "forbidden", status=403)
-        if (request.content_length or 0) > self.settings.max_file_size + (FORM_OVERHEAD if request.is_form else 0):
-            raise FileTooLarge(self.settings.max_file_size)
         return headers
 
     @contextlib.contextmanager
@@ -322,8 +320,10 @@ class Receiver:
     @contextlib.contextmanager
     def receive_body(self, request: ReceiverRequest) -> Iterator[Upload]:
         """Stream the request body, or the part `file` of a multipart form, to a new upload."""
-        announced = min(request.content_length or 0, self.settings.max_file_size)
-        with self.storage.new_upload(announced) as upload:
+        length, limit = request.content_length or 0, self.settings.max_file_size
+        if length > limit + (FORM_OVERHEAD if request.is_form else 0):
+            raise FileTooLarge(limit)
+        with self.storage.new_upload(min(length, limit)) as upload:
             if request.is_form:
                 receive_form(request, upload)
             else:
@@ -392,8 +392,10 @@ class Receiver:
         try:
             file = self.storage.open(name)
         except storage.FileNotStored:
-            run = storage.run_of(name)
-            if run is not None and self.summaries.has_accepted(run, name):
+            run, is_known = storage.run_of(name), False
+            with contextlib.suppress(RunNotFound):
+                is_known = run is not None and self.summaries.has_accepted(run, name)
+            if is_known:
                 raise storage.FileNotStored(f"The file {name} was received and has since been taken away") from None
             raise
         try:
@@ -433,7 +435,8 @@ class Receiver:
         agent, outcome = request.parameter("amoreAgent"), request.parameter("outcome")
         if outcome is not None and outcome not in OUTCOMES:
             raise RequestRefused(f"The query outcome must be one of {', '.join(OUTCOMES)}", "query")
-        query = Query(limit or 100, before, agent and check_agent("query amoreAgent", agent), outcome)
+        wanted_agent = None if agent is None else check_agent("query amoreAgent", agent)
+        query = Query(limit or 100, before, wanted_agent, outcome)
         etag = self.receipts.etag(number)
         if response := not_modified(request, etag):
             return response
