@@ -63,6 +63,7 @@ _HEALTH_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` when health is checked
 _HEALTH_AGE = 1.0  # seconds for which an answer about health is good
 _MAX_REJECTED_FILES = 1000
 
+_NOT_REGULAR = {errno.ELOOP, errno.ENXIO}  # open_regular
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
 
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
@@ -210,6 +211,10 @@ class Storage:
             file = open_regular(name, os.O_RDONLY, self._data.open())
         except FileNotFoundError:
             return _Found("stored")
+        except OSError as error:
+            if error.errno in _NOT_REGULAR:
+                raise StorageUnavailable(f"The name {name} is taken by something that is not a regular file") from error
+            raise
         sha256, position = hashlib.sha256(), 0
         while chunk := os.pread(file.fd, _CHUNK, position):
             sha256.update(chunk)
