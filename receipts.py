@@ -39,7 +39,6 @@ from durable import (
 OUTCOMES = ("stored", "duplicate", "replaced", "rejected")
 
 _MAX_LINE = 64 << 10  # bytes
-_MAX_REASON = 1000  # characters
 _MAX_OPEN_LOGS = 100  # of this process
 _MAX_SCANNED = 20_000  # lines that one request for receipts looks at
 _RECENT_RUNS = 50
@@ -230,7 +229,7 @@ class ReceiptLog:
     def newest(self, run: int | None, query: Query) -> tuple[list[Receipt], str | None]:
         """Return the newest receipts of a run, or of the 50 most recently active runs; and where to go on, if there are more."""
         with os_errors():
-            logs = [_backwards(*log) for log in self._logs_of(run)]
+            logs = [_backwards(*log, query.before) for log in self._logs_of(run)]
             found: list[Receipt] = []
             last = None
             for number, receipt in enumerate(heapq.merge(*logs, key=lambda receipt: receipt.id, reverse=True)):
@@ -268,21 +267,40 @@ def log_names(folder: Descriptor) -> list[str]:
     return sorted(name for name in list_names(folder) if name.endswith(".jsonl"))
 
 
-def _backwards(folder: Descriptor, name: str) -> Iterator[Receipt]:
-    """Yield the receipts of a log from its end. The log is opened for each read: a request may look at hundreds of them."""
+def _backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:
+    """Yield the receipts of a log that are older than `before`, from its end.
+
+    The log is opened for each read: a request may look at hundreds of them.
+    """
     end, rest = -1, b""
     while end:
         try:
             log = open_regular(name, os.O_RDONLY, folder)
         except FileNotFoundError:  # archived just now
             return
-        end = log.status.st_size if end < 0 else end
+        if end < 0:
+            end = log.status.st_size if before is None else _end_of_older(log, before)
         start = max(0, end - _TAIL)
         lines = (os.pread(log.fd, end - start, start) + rest).split(b"\n")
         end, rest = start, lines[0][:_MAX_LINE]  # the line that begins further ahead
         for line in reversed(lines[1:] if start else lines):
-            if receipt := Receipt.from_line(line):
+            receipt = Receipt.from_line(line)
+            if receipt and (before is None or receipt.id < before):
                 yield receipt
+
+
+def _end_of_older(log: Descriptor, before: str) -> int:
+    """Return a position soon after the receipts that are older than `before`, by binary search: the lines are in order."""
+    low, high = 0, log.status.st_size
+    while high - low > _TAIL:
+        middle = (low + high) // 2
+        whole = os.pread(log.fd, _TAIL, middle).split(b"\n")[1:-1]
+        receipt = next(filter(None, map(Receipt.from_line, whole)), None)
+        if receipt and receipt.id >= before:
+            high = middle
+        else:
+            low = middle
+    return high + os.pread(log.fd, _MAX_LINE, high).find(b"\n") + 1  # with the rest of the line at that position
 
 
 @dataclass(frozen=True)
@@ -295,8 +313,4 @@ class Query:
     outcome: str | None = None
 
     def matches(self, receipt: Receipt) -> bool:
-        return (
-            (self.before is None or receipt.id < self.before)
-            and self.agent in (None, receipt.agent)
-            and self.outcome in (None, receipt.outcome)
-        )
+        return self.agent in (None, receipt.agent) and self.outcome in (None, receipt.outcome)
