@@ -62,7 +62,9 @@ def read_segments(reader: Reader, start: int, end: int, count: int, records: ran
             _check_room(segment, records)
             return gaps, at
         if not before < first <= last < records.stop:
-            raise InvalidRootFile(f"list of free segments: a segment from byte {first} to byte {last} behind byte {before}")
+            raise InvalidRootFile(
+                f"list of free segments: a segment from byte {first} to byte {last} behind byte {before}"
+            )
         gaps[first] = last + 1
         before = last
 

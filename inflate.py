@@ -63,6 +63,13 @@ class Budget:
         if size > MAX_OBJECT_SIZE or self._inflated_left < 0:
             raise InflateError(f"an object of {size} bytes is more than is allowed")
 
+    def add_single_block(self, size: int) -> None:
+        """Count an object that has been inflated from a single block."""
+        self._seconds += size / INFLATED_PER_SECOND
+        self._inflated_left -= size
+        if size > MAX_OBJECT_SIZE or self._inflated_left < 0:
+            raise InflateError(f"an object of {size} bytes is more than is allowed")
+
     def add_block(self, letters: bytes, size: int, is_first: bool) -> None:
         """Count a block that has been inflated: it may have taken its share of the time."""
         self._seconds += size / INFLATED_PER_SECOND
@@ -156,7 +163,9 @@ def _inflate_zlib(stored: memoryview, size: int, budget: Budget | None = None) -
     (checksum,) = _CHECKSUM.unpack_from(stored, -_CHECKSUM.size)
     if deflate.adler32(inflated) != checksum:
         raise InflateError("bytes behind the end of its zlib stream")
-    return _require_size(inflated, len(inflated), size)
+    if len(inflated) != size:
+        raise InflateError(f"a block inflates to {len(inflated)} bytes, its head says {size}")
+    return inflated
 
 
 def _check_xz_structure(stored: memoryview) -> None:

@@ -147,8 +147,8 @@ def parse_key(data: bytes, is_listed: bool) -> tuple[Key, int]:
     return Key(size, object_size, key_size, cycle, position, directory, text_of(class_name), text_of(name)), at
 
 
-def parse_usual_key(data: bytes, at: int, end: int) -> tuple[Key, int] | None:
-    """Return the listed key in `data[at:end]` and its length if it has 4-byte positions, short strings and its own length.
+def parse_usual_key(data: bytes, at: int, end: int) -> Key | None:
+    """Return the listed key in `data[at:end]` if it has 4-byte positions, short strings and its own length.
 
     Nearly all do, and `parse_key` takes twice as long.
     """
@@ -166,7 +166,7 @@ def parse_usual_key(data: bytes, at: int, end: int) -> tuple[Key, int] | None:
         class_name, name = data[class_at : name_at - 1].decode(), data[name_at : title_at - 1].decode()
     except (IndexError, struct.error, UnicodeDecodeError):
         return None
-    return Key(size, object_size, key_size, cycle, position, directory, class_name, name), key_size
+    return Key(size, object_size, key_size, cycle, position, directory, class_name, name)
 
 
 def keys_agree(listed: bytes, key: Key) -> bool:

@@ -20,8 +20,9 @@ import os
 import struct
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from free_list import SEGMENT_VERSIONS, SMALLEST_SEGMENT, read_segments, skip_old_segments
@@ -32,7 +33,6 @@ from root_keys import (
     KEY_SIZES,
     LONGEST_KEY,
     SHORTEST_KEY,
-    SMALL_READ,
     WINDOW,
     InvalidRootFile,
     Key,
@@ -43,7 +43,7 @@ from root_keys import (
     read_key,
     text_of,
 )
-from second_reader import TopLevelKey, compare_with_uproot
+from second_reader import compare_with_uproot
 from streamer_info import MAX_SIZE as MAX_STREAMER_INFO
 from streamer_info import DamagedStreamerInfo, check_streamer_info
 
@@ -88,7 +88,7 @@ def check_root_file(path_or_descriptor: str | os.PathLike[str] | int) -> dict[st
         try:
             references = _read_directories(file)
             names = _RecordWalk(file, references).run()
-            compare_with_uproot(reader, list(references.top_level_keys.values()))
+            compare_with_uproot(reader, references.top_level_keys.values())
         except (InvalidRootFile, InflateError) as error:
             if not header.is_of_uproot_3:
                 raise InvalidRootFile(str(error)) from (error.__cause__ or error)
@@ -98,29 +98,33 @@ def check_root_file(path_or_descriptor: str | os.PathLike[str] | int) -> dict[st
     return _report(references.top_level_keys, names)
 
 
-def _report(keys: dict[int, TopLevelKey], names: dict[int, bytes]) -> dict[str, RootObject]:
+def _report(keys: dict[int, Key], names: dict[int, bytes]) -> dict[str, RootObject]:
     """Return the newest cycle of each name; `names`, by position, of the objects that have another than their key."""
-    newest: dict[str, tuple[int, int]] = {}
-    for position, key in keys.items():
-        if key.name not in newest or newest[key.name][0] < key.cycle:
-            newest[key.name] = key.cycle, position
+    newest: dict[str, Key] = {}
+    for key in keys.values():
+        other = newest.setdefault(key.name, key)
+        if other.cycle < key.cycle:
+            newest[key.name] = key
     objects: dict[str, RootObject] = {}
-    for name, (_, position) in newest.items():
-        shown = shown_once = _shown(name)
-        number = 1
-        while shown in objects:  # a long name, or one whose escapes are the letters of another
-            number += 1
-            shown = f"{shown_once} ({number})"
-        own = names.get(position)
-        own_name = _shown(name if own is None else text_of(own))
-        objects[shown] = RootObject(own_name, _shown(keys[position].class_name))
+    classes: dict[str, str] = {}  # there are few
+    for name, key in newest.items():
+        own_name = key_name = _shown(name)
+        if key.position in names:
+            own_name = _shown(text_of(names[key.position]))
+        if key_name in objects:  # a long name, or one whose escapes are the letters of another
+            key_name = _unlike(key_name, objects)
+        class_name = classes.get(key.class_name) or classes.setdefault(key.class_name, _shown(key.class_name))
+        objects[key_name] = RootObject(own_name, class_name)
     return objects
+
+
+def _unlike(shown: str, others: Container[str]) -> str:
+    return next(name for number in count(2) if (name := f"{shown} ({number})") not in others)
 
 
 def _shown(name: str) -> str:
     """Return a name with backslash escapes for undecodable bytes, cut to its limit."""
-    name = printable(name)
-    return name if len(name) <= MAX_NAME else name[:MAX_NAME]
+    return name if len(name) <= MAX_NAME and name.isascii() else printable(name)[:MAX_NAME]
 
 
 # --- the header --------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ class _References:
     """What the header and the directories refer to, and how much more they may."""
 
     expected_keys: dict[int, bytes] = field(default_factory=dict)  # by position: the key of the record there
-    top_level_keys: dict[int, TopLevelKey] = field(default_factory=dict)  # by position: those of the root directory
+    top_level_keys: dict[int, Key] = field(default_factory=dict)  # by position: those of the root directory
     trailing_keys: dict[int, bytes] = field(default_factory=dict)  # by position: behind the last key of a directory
     keys_left: int = MAX_KEYS
     key_list_bytes_left: int = MAX_KEY_LISTS
@@ -212,11 +216,21 @@ class _References:
             raise InvalidRootFile(f"{subject}: the key at byte {start} says that it {is_at}")
         return key
 
-    def add_top_level(self, position: int, key: TopLevelKey) -> None:
-        self.top_level_keys[position] = key
-        self.names_left -= len(key.name) + len(key.class_name)
-        if self.names_left < 0:
-            raise InvalidRootFile(f"keys with names and classes of more than {MAX_NAMES} characters in all")
+    def add_listed(self, header: _Header, directory: _Directory, key: Key, key_bytes: bytes) -> None:
+        """Note what a key in the key list of a directory refers to."""
+        position = key.position
+        if not header.begin < position <= header.end - key.size:
+            raise InvalidRootFile(f"{directory}: its {key} has {key.size} bytes, outside the file")
+        if key.directory != directory.position:
+            raise InvalidRootFile(f"{directory}: its {key} says it is in the directory at byte {key.directory}")
+        if position in self.expected_keys:
+            raise InvalidRootFile(f"{directory}: its {key} has a place elsewhere, too")
+        self.expected_keys[position] = key_bytes
+        if not directory.depth:
+            self.top_level_keys[position] = key
+            self.names_left -= len(key.name) + len(key.class_name)
+            if self.names_left < 0:
+                raise InvalidRootFile(f"keys with names and classes of more than {MAX_NAMES} characters in all")
 
 
 _DIRECTORY = struct.Struct(">hIIiiiii")  # fVersion, two dates, fNbytesKeys, fNbytesName, fSeekDir, -Parent, -Keys
@@ -291,25 +305,21 @@ def _read_directory(file: _File, directory: _Directory) -> tuple[int, int]:
 
 def _list_keys(file: _File, directory: _Directory, start: int, size: int, references: _References) -> list[_Directory]:
     """Note what a directory's key list refers to; return the directories among it."""
-    at, count = _key_list_bounds(file, directory, start, size, references)
+    at, number = _key_list_bounds(file, directory, start, size, references)
     reader, end = file.reader, start + size
     directories = []
     is_renamed = False
-    for _ in range(count):
+    for _ in range(number):
         left = min(end - at, LONGEST_KEY)
         data, index = reader.read(at, left)
-        key, length = parse_usual_key(data, index, index + left) or (None, 0)
-        if key is None:
-            key, key_bytes = read_key(reader, at, end, directory, is_listed=True)
-            length = len(key_bytes)
-            is_renamed |= length != key.key_size and key.class_name != "TDirectoryFile"
+        key = parse_usual_key(data, index, index + left)
+        if key is not None:
+            key_bytes = data[index : index + key.key_size]
         else:
-            key_bytes = data[index : index + length]
-        at += length
-        _check_listed_key(file.header, directory, key)
-        references.expect(key.position, key_bytes, directory)
-        if not directory.depth:
-            references.add_top_level(key.position, TopLevelKey(key.name, key.cycle, key.class_name))
+            key, key_bytes = read_key(reader, at, end, directory, is_listed=True)
+            is_renamed |= len(key_bytes) != key.key_size and key.class_name != "TDirectoryFile"
+        at += len(key_bytes)
+        references.add_listed(file.header, directory, key, key_bytes)
         if key.class_name in _DIRECTORY_CLASSES:
             fields, record_end = key.position + key.key_size, key.position + key.size
             directories.append(_Directory(key.position, fields, record_end, directory.position, directory.depth + 1))
@@ -344,13 +354,6 @@ def _key_list_bounds(
     if references.keys_left < 0:
         raise InvalidRootFile(f"more than {MAX_KEYS} keys")
     return at + 4, count
-
-
-def _check_listed_key(header: _Header, directory: _Directory, key: Key) -> None:
-    if not header.begin < key.position <= header.end - key.size:
-        raise InvalidRootFile(f"{directory}: its {key} has {key.size} bytes, outside the file")
-    if key.directory != directory.position:
-        raise InvalidRootFile(f"{directory}: its {key} says it is in the directory at byte {key.directory}")
 
 
 def _note_trailing_key(reader: Reader, at: int, end: int, directory: _Directory, references: _References) -> None:
@@ -501,7 +504,12 @@ class _RecordWalk:
             data, at = self._reader.read(position, KEY_SIZES.size)
         size: int
         size, _, object_size, _, key_size = KEY_SIZES.unpack_from(data, at)
-        payload = self._check_payload(position, size, key_size, object_size)
+        payload = inflate_single_zlib_block(data, at + key_size, size - key_size, object_size)
+        if payload is not None:
+            self._budget.add_single_block(object_size)
+        else:
+            del data  # up to 16 MiB, before as much is read
+            payload = self._check_payload(position, size, key_size, object_size)
         top_level_key = self._references.top_level_keys.get(position)
         if top_level_key is not None and not has_name_of_key(payload, listed):
             self._note_name(position, object_name(top_level_key.class_name, payload))
@@ -543,12 +551,6 @@ class _RecordWalk:
                 length = min(object_size, _NAME_BYTES)
                 data, at = self._reader.read(start, length)
                 return data[at : at + length]
-            data, at = self._reader.read(start, min(compressed_size, SMALL_READ))
-            payload = inflate_single_zlib_block(data, at, compressed_size, object_size)
-            if payload is not None:
-                self._budget.add_block(b"ZL", object_size, is_first=True)
-                return payload
-            del data  # up to 16 MiB, before as much is read
             first: Block | None = None
             for block in inflate_blocks(self._reader.read, start, compressed_size, object_size, self._budget):
                 if first is None:

@@ -7,13 +7,12 @@ uproot neither opens the file nor inflates anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection
 
 import uproot
 import uproot.source.chunk
 
-from root_keys import WINDOW, InvalidRootFile, Reader, printable
+from root_keys import WINDOW, InvalidRootFile, Key, Reader, printable
 
 
 class _UprootChunk(uproot.source.chunk.Chunk):  # type: ignore[misc]
@@ -54,15 +53,7 @@ class _UprootSource(uproot.source.chunk.Source):  # type: ignore[misc]
         """Leave the file open; it is not uproot's."""
 
 
-class TopLevelKey(NamedTuple):
-    """What the report says of a key of the root directory."""
-
-    name: str  # undecodable bytes are surrogates, as uproot has them
-    cycle: int
-    class_name: str
-
-
-def compare_with_uproot(reader: Reader, keys: Sequence[TopLevelKey]) -> None:
+def compare_with_uproot(reader: Reader, keys: Collection[Key]) -> None:
     """Have uproot find the same objects at the top level, by name and class, and by cycle where a name has several."""
     try:
         root = uproot.open({"file": None}, handler=_UprootSource, reader=reader, object_cache=None, array_cache=None)

@@ -196,7 +196,9 @@ class _Walk:
         self._leave(f"object of class {name}", stop)
 
     def _named_before(self, tag: int) -> str:
-        if self._moved is None:  # uproot.update copies a payload whose key had 8-byte positions behind one of 4-byte ones
+        if (
+            self._moved is None
+        ):  # uproot.update copies a payload whose key had 8-byte positions behind one of 4-byte ones
             self._moved = _MOVED if tag not in self._classes and tag - _MOVED in self._classes else 0
         return self._classes.get(tag - self._moved, "")
 
