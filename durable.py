@@ -232,7 +232,8 @@ class FolderLock:
                 try:
                     fcntl.flock(file.fd, fcntl.LOCK_UN)
                 except OSError as error:
-                    self._file = None  # closing it releases the lock, too
+                    file.close()  # which releases the lock, too
+                    self._file = None
                     raise translate(error) from error
         finally:
             self._threads.release()
@@ -262,7 +263,12 @@ def _lock_is_busy(seconds: float) -> StorageUnavailable:
 def check_flock(folder: Descriptor) -> None:
     """Raise OSError where the file system has no locks; that they reach other hosts cannot be seen from one."""
     name = f".{uuid.uuid4().hex}"
-    file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+    try:
+        file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+    except OSError as error:
+        if error.errno in (errno.EROFS, *_NO_ROOM):
+            return  # files can be given back; uploads and health will say it
+        raise
     try:
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:

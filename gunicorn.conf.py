@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import encodings.idna
 import logging
 import os
 import resource

@@ -145,12 +145,11 @@ class ReceiptLog:
         for run, receipts in runs.items():
             try:
                 self._append_to_run(run, receipts)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 self._logs.pop(run, None)  # its last line may be torn, so the next receipt begins a new log
-                # Never InsufficientStorage: the upload has its name already.
-                errors[run] = StorageUnavailable(f"The receipt could not be written: {error.strerror}")
-            except StorageError as error:
-                errors[run] = error
+                # Never InsufficientStorage: an accepted upload has its name already.
+                errors[run] = StorageUnavailable("The receipt could not be written")
+                errors[run].__cause__ = error
         return [errors.get(receipt.run) for receipt in batch]
 
     def _append_to_run(self, run: int, receipts: Sequence[Receipt]) -> None:
