@@ -506,7 +506,7 @@ class EveryStep:
             (acknowledged if said["next"] == 200 else unsure).append(other)
         taken = self.taken if self.action == "take" else None
         if self.folder.exists():
-            assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken, crashed=True)
+            assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken)
         # A new process, without the fault.
         again = self.alone(self.new)
         if again.get("left") != []:

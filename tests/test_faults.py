@@ -45,7 +45,6 @@ from client import (
 )
 from faults import (
     INVALID,
-    OLD_COMMIT,
     Process,
     Sent,
     assert_nothing_left,
@@ -451,7 +450,7 @@ def kill_in_mid_traffic(make_server: Callable[..., Server], folder: Path, rounds
         server.kill()
         traffic.stop()
         assert set(traffic.statuses) == {200}
-        assert_promise(folder, traffic.acknowledged, unsure=traffic.sent, crashed=True)
+        assert_promise(folder, traffic.acknowledged, unsure=traffic.sent)
         server = make_server()
         assert_nothing_left(folder)
         assert_promise(folder, traffic.acknowledged, unsure=traffic.sent)
@@ -482,7 +481,7 @@ def test_killed_worker_does_not_stop_the_others(make_server: Callable[..., Serve
     traffic.stop()
     assert set(traffic.statuses) == {200}
     assert len(traffic.broken) <= 6 * ROUNDS, "more uploads were cut than the killed workers can have had"
-    assert_promise(folder, traffic.acknowledged, unsure=traffic.sent, crashed=True)
+    assert_promise(folder, traffic.acknowledged, unsure=traffic.sent)
     workers = server.workers()
     assert len(workers) == 3 and not set(killed) & set(workers)
 
@@ -536,8 +535,6 @@ ORDERS = {
     "replaced": ["sync upload", "sync replaced", "name", "sync folder", "write receipt", "sync receipt", "answer"],
     "duplicate": ["sync name", "sync folder", "write receipt", "sync receipt", "answer"],
 }
-if OLD_COMMIT:  # it moves the old file away before it links the new one
-    ORDERS["replaced"].remove("sync replaced")
 
 
 @pytest.mark.parametrize("outcome", ORDERS)
@@ -854,8 +851,6 @@ def test_removed_hidden_folder_comes_back(client: Client, folder: Path, name: st
 
 # --- failures, recovery and the lock -----------------------------------------------------------------------------------
 
-commit_by_rename = pytest.mark.skipif(OLD_COMMIT, reason="promised by the commit by rename")
-
 
 def writers(folder: Path) -> set[str]:
     return {path.name for path in (folder / ".incoming").iterdir()}
@@ -865,7 +860,6 @@ def logs(folder: Path) -> list[Path]:
     return sorted((folder / ".receipts" / "123").glob("*.jsonl"))
 
 
-@commit_by_rename
 def test_process_stops_after_a_failed_folder_fsync(make_process: MakeProcess, folder: Path) -> None:
     """The kernel may report the next fsync as good though the names are not durable."""
     process = make_process()
@@ -882,7 +876,6 @@ def test_process_stops_after_a_failed_folder_fsync(make_process: MakeProcess, fo
     assert_promise(folder, [*sent, (NAME, sha256(HISTOGRAMS)), (name_of(1), sha256(PROFILES))])
 
 
-@commit_by_rename
 @pytest.mark.parametrize(
     ("step", "action"),
     [("write", "torn"), ("write", "ENOSPC"), ("write", "EIO"), ("fsync", "EIO"), ("fsync", "ENOSPC")],
@@ -905,7 +898,6 @@ def test_failed_receipt_begins_a_new_log(make_process: MakeProcess, folder: Path
         assert last == b"" or action == "torn"
 
 
-@commit_by_rename
 @pytest.mark.parametrize("error", ["EIO", "ESTALE", "ETIMEDOUT"])
 @pytest.mark.parametrize("before", [None, PROFILES], ids=["a free name", "a taken name"])
 def test_failed_rename_that_happened_is_a_duplicate_later(
@@ -925,7 +917,6 @@ def test_failed_rename_that_happened_is_a_duplicate_later(
     assert_nothing_left(folder)
 
 
-@commit_by_rename
 def test_name_that_keeps_changing_is_503(make_process: MakeProcess, folder: Path) -> None:
     process = make_process()
     assert process.post(PROFILES).status == 200
@@ -938,7 +929,6 @@ def test_name_that_keeps_changing_is_503(make_process: MakeProcess, folder: Path
     assert_promise(folder, [(NAME, sha256(PROFILES)), (NAME, sha256(HISTOGRAMS))])
 
 
-@commit_by_rename
 def test_forked_child_is_a_writer_of_its_own(make_process: MakeProcess, folder: Path) -> None:
     process = make_process()
     assert process.post(PROFILES).status == 200
@@ -955,7 +945,6 @@ def test_forked_child_is_a_writer_of_its_own(make_process: MakeProcess, folder: 
     assert_promise(folder, [*sent, (name_of(1), sha256(GRAPHS))])
 
 
-@commit_by_rename
 @pytest.mark.parametrize("uploads", [[], [upload(GRAPHS, 1)]], ids=["an idle child", "a child that sends"])
 def test_forked_child_does_not_hold_the_lock(
     make_process: MakeProcess, folder: Path, uploads: list[dict[str, Any]]
@@ -974,7 +963,6 @@ def test_forked_child_does_not_hold_the_lock(
     )
 
 
-@commit_by_rename
 def test_removed_lock_is_noticed(make_process: MakeProcess, folder: Path) -> None:
     process, other = make_process(), make_process()
     assert [one.post(PROFILES).status for one in (process, other)] == [200, 200]
@@ -985,7 +973,6 @@ def test_removed_lock_is_noticed(make_process: MakeProcess, folder: Path) -> Non
     assert_promise(folder, [*race([process, other], "different", 5), (NAME, sha256(PROFILES))])
 
 
-@commit_by_rename
 def test_removed_writer_becomes_a_new_one(make_process: MakeProcess, folder: Path) -> None:
     process = make_process()
     assert process.post(PROFILES).status == 200
@@ -1004,7 +991,6 @@ def wait_until_stopped(process: Process) -> None:
     wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 20)
 
 
-@commit_by_rename
 def test_stopped_process_with_the_lock_makes_others_503(make_process: MakeProcess, folder: Path) -> None:
     process, other = make_process(), make_process()
     assert other.post(PROFILES).status == 200
@@ -1023,7 +1009,6 @@ def test_stopped_process_with_the_lock_makes_others_503(make_process: MakeProces
     assert_nothing_left(folder)
 
 
-@commit_by_rename
 def test_recovery_deletes_dead_writers_only(make_process: MakeProcess, folder: Path) -> None:
     living, dead = make_process(), make_process()
     living.fault("write .incoming/*", "stop")
@@ -1043,7 +1028,6 @@ def test_recovery_deletes_dead_writers_only(make_process: MakeProcess, folder: P
     assert_promise(folder, [(NAME, sha256(HISTOGRAMS))])
 
 
-@commit_by_rename
 @pytest.mark.parametrize("name", [".incoming", ".replaced", ".receipts"])
 def test_swapped_hidden_folder_holds_nothing_acknowledged(
     make_process: MakeProcess, folder: Path, tmp_path: Path, name: str
