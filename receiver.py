@@ -473,7 +473,6 @@ class Receiver:
             response = Response(path.read_bytes(), mimetype=_PAGE_TYPES[path.suffix], headers=_PAGE_HEADERS)
         except FileNotFoundError as error:
             raise NotFound from error
-        response.add_etag()
         return conditional(request, response)
 
     def not_implemented(self, request: ReceiverRequest) -> Response:
