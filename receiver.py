@@ -409,14 +409,18 @@ class Receiver:
     def list_runs(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/runs: list the runs that have receipts."""
         limit, before = request.page
+        content: dict[str, object]
         if limit is None:
-            return conditional(request, json_response({"runs": self.receipts.runs()}))
-        runs = self.receipts.recent_runs()
-        if before is not None:
-            number = check_number("query before", before, storage.MAX_RUN)
-            runs = runs[runs.index(number) + 1 :] if number in runs else []
-        content = {"runs": runs[:limit], "before": runs[limit - 1] if len(runs) > limit else None}
-        return conditional(request, json_response(content))
+            content = {"runs": self.receipts.runs()}
+        else:
+            runs = self.receipts.recent_runs()
+            if before is not None:
+                number = check_number("query before", before, storage.MAX_RUN)
+                runs = runs[runs.index(number) + 1 :] if number in runs else []
+            content = {"runs": runs[:limit], "before": runs[limit - 1] if len(runs) > limit else None}
+        response = json_response(content)
+        response.add_etag()
+        return conditional(request, response)
 
     def describe_run(self, request: ReceiverRequest, run: str) -> Response:
         """GET /rest/api/runs/<run>: say what has arrived, by agent."""

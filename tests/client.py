@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from werkzeug.test import Client, TestResponse
 
@@ -110,14 +110,14 @@ def send(
     return client.post(path, input_stream=stream, content_type=content_type, headers=headers(**changes))
 
 
-def send_form(client: Client, *parts: bytes, **changes: str | None) -> TestResponse:
+def send_form(client: Client, *parts: bytes, **changes: Any) -> TestResponse:
     return send(client, multipart(*parts), FORM, **changes)
 
 
 def send_chunked(
-    client: Client, body: bytes | IO[bytes], content_type: str = "", path: str = FILES, **changes: str | None
+    client: Client, body: Any, content_type: str = "", path: str = FILES, **changes: str | None
 ) -> TestResponse:
-    """Send a body of unknown length, as a server hands on a chunked one."""
+    """Send a body of unknown length, bytes or a stream, as a server hands on a chunked one."""
     return client.post(
         path,
         input_stream=io.BytesIO(body) if isinstance(body, bytes) else body,
