@@ -268,13 +268,16 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        application = self.wsgi
+        application: Callable[..., Iterable[bytes]] = self.app.wsgi()
 
         def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             connection = environ["gunicorn.socket"]
             connection.discard_limit = DISCARD_BYTES
             environ["dqm_receiver.discard"] = connection.allow_discard
-            return cast(Iterable[bytes], application(environ, start_response))
+            forwarded = environ.get("HTTP_X_FORWARDED_FOR")
+            if forwarded and environ["REMOTE_ADDR"] in self.cfg.forwarded_allow_ips:  # a proxy of ours: see nginx.conf
+                environ["REMOTE_ADDR"] = forwarded.rpartition(",")[2].strip()
+            return application(environ, start_response)
 
         self.wsgi = wsgi
 
@@ -284,7 +287,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(RATE_WINDOW), 0))
         # Files for the uploads: a name and a temporary file each, and their folders.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 4 * self.cfg.threads
-        self.worker_connections = max(min(self.worker_connections, files), SPARE)
+        self.worker_connections = max(min(self.cfg.worker_connections, files), SPARE)
         super().run()
 
     # --- in the event loop -------------------------------------------------------------------------------------------
@@ -498,12 +501,14 @@ def metrics_folder() -> str:
             file.unlink(missing_ok=True)
         return folder
     base = Path("/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else tempfile.gettempdir())
-    for old in base.glob(f"{METRICS_PREFIX}[0-9]*-*"):  # of masters that were killed
-        if old.lstat().st_uid == os.geteuid() and not Path("/proc", old.name[len(METRICS_PREFIX) :].split("-")[0]).exists():
-            shutil.rmtree(old, ignore_errors=True)
     master = os.getpid()
-    folder = tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}{master}-", dir=base)
-    atexit.register(lambda: os.getpid() == master and shutil.rmtree(folder, ignore_errors=True))  # not in the workers
+    folder = tempfile.mkdtemp(prefix=METRICS_PREFIX, dir=base)
+
+    def remove() -> None:
+        if os.getpid() == master:  # the workers end, too
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return folder
 
 
