@@ -82,6 +82,11 @@ class Descriptor:
             return False
         return os.path.samestat(now, self.status)
 
+    def require_writable(self) -> None:
+        """Raise StorageUnavailable where this process may not make names in the folder."""
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self.fd, effective_ids=True):
+            raise StorageUnavailable("The data folder cannot be used: it may not be written")
+
     def is_deleted(self) -> bool:
         """Return whether the file has no name any more."""
         return os.fstat(self.fd).st_nlink == 0
@@ -224,8 +229,12 @@ class FolderLock:
             try:
                 yield
             finally:
-                with os_errors():
+                try:
                     fcntl.flock(file.fd, fcntl.LOCK_UN)
+                except OSError as error:
+                    file.close()  # which releases the lock, too
+                    self._file = None
+                    raise translate(error) from error
         finally:
             self._threads.release()
 
@@ -254,7 +263,12 @@ def _lock_is_busy(seconds: float) -> StorageUnavailable:
 def check_flock(folder: Descriptor) -> None:
     """Raise OSError where the file system has no locks; that they reach other hosts cannot be seen from one."""
     name = f".{uuid.uuid4().hex}"
-    file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+    try:
+        file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+    except OSError as error:
+        if error.errno in (errno.EROFS, *_NO_ROOM):
+            return  # files can be given back; uploads and health will say it
+        raise
     try:
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:

@@ -39,7 +39,6 @@ from durable import (
 OUTCOMES = ("stored", "duplicate", "replaced", "rejected")
 
 _MAX_LINE = 64 << 10  # bytes
-_MAX_REASON = 1000  # characters
 _MAX_OPEN_LOGS = 100  # of this process
 _MAX_SCANNED = 20_000  # lines that one request for receipts looks at
 _RECENT_RUNS = 50
@@ -116,7 +115,7 @@ class ReceiptLog:
     """The logs of all runs below a data folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = Folder(".receipts", Folder(str(folder.absolute())))
+        self.folder = Folder(".receipts", Folder(str(folder.absolute())))
         self._begin_process()
         this = weakref.ref(self)
 
@@ -146,12 +145,11 @@ class ReceiptLog:
         for run, receipts in runs.items():
             try:
                 self._append_to_run(run, receipts)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 self._logs.pop(run, None)  # its last line may be torn, so the next receipt begins a new log
-                # Never InsufficientStorage: the upload has its name already.
-                errors[run] = StorageUnavailable(f"The receipt could not be written: {error.strerror}")
-            except StorageError as error:
-                errors[run] = error
+                # Never InsufficientStorage: an accepted upload has its name already.
+                errors[run] = StorageUnavailable("The receipt could not be written")
+                errors[run].__cause__ = error
         return [errors.get(receipt.run) for receipt in batch]
 
     def _append_to_run(self, run: int, receipts: Sequence[Receipt]) -> None:
@@ -165,7 +163,7 @@ class ReceiptLog:
 
     def _open_log(self, run: int) -> _Log:
         """Return this process's log of a run; where the run's folder was archived or removed, a new one."""
-        receipts = self._folder.open()
+        receipts = self.folder.open()
         log = self._logs.get(run)
         if log and log.file.leads(f"{run}/{log.name}", receipts):
             self._logs.move_to_end(run)
@@ -194,21 +192,21 @@ class ReceiptLog:
     def runs(self) -> list[int]:
         """Return the runs that have receipts, sorted."""
         with os_errors():
-            if not self._folder.exists():
+            if not self.folder.exists():
                 return []
-            return sorted(int(name) for name in list_names(self._folder.open()) if _RUN.fullmatch(name))
+            return sorted(int(name) for name in list_names(self.folder.open()) if _RUN.fullmatch(name))
 
     def recent_runs(self) -> list[int]:
         """Return the runs that have receipts, most recently active first; a new run may be a second late."""
         made, runs = self._listing
         if time.monotonic() - made >= _LISTING_AGE:
             with os_errors():
-                runs = self._list_by_activity() if self._folder.exists() else []
+                runs = self._list_by_activity() if self.folder.exists() else []
             self._listing = time.monotonic(), runs
         return runs
 
     def _list_by_activity(self) -> list[int]:
-        listing = open_folder(".", self._folder.open())
+        listing = open_folder(".", self.folder.open())
         active = []
         with os.scandir(listing.fd) as entries:
             for entry in entries:
@@ -230,7 +228,7 @@ class ReceiptLog:
     def newest(self, run: int | None, query: Query) -> tuple[list[Receipt], str | None]:
         """Return the newest receipts of a run, or of the 50 most recently active runs; and where to go on, if there are more."""
         with os_errors():
-            logs = [_backwards(*log) for log in self._logs_of(run)]
+            logs = [_backwards(*log, query.before) for log in self._logs_of(run)]
             found: list[Receipt] = []
             last = None
             for number, receipt in enumerate(heapq.merge(*logs, key=lambda receipt: receipt.id, reverse=True)):
@@ -256,9 +254,9 @@ class ReceiptLog:
     def open_run(self, run: int) -> Descriptor:
         """Open the folder of a run; raises RunNotFound."""
         try:
-            if not self._folder.exists():
+            if not self.folder.exists():
                 raise FileNotFoundError
-            return open_folder(str(run), self._folder.open())
+            return open_folder(str(run), self.folder.open())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunNotFound(f"There is no run {run}") from error
 
@@ -268,21 +266,40 @@ def log_names(folder: Descriptor) -> list[str]:
     return sorted(name for name in list_names(folder) if name.endswith(".jsonl"))
 
 
-def _backwards(folder: Descriptor, name: str) -> Iterator[Receipt]:
-    """Yield the receipts of a log from its end. The log is opened for each read: a request may look at hundreds of them."""
+def _backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:
+    """Yield the receipts of a log that are older than `before`, from its end.
+
+    The log is opened for each read: a request may look at hundreds of them.
+    """
     end, rest = -1, b""
     while end:
         try:
             log = open_regular(name, os.O_RDONLY, folder)
         except FileNotFoundError:  # archived just now
             return
-        end = log.status.st_size if end < 0 else end
+        if end < 0:
+            end = log.status.st_size if before is None else _end_of_older(log, before)
         start = max(0, end - _TAIL)
         lines = (os.pread(log.fd, end - start, start) + rest).split(b"\n")
         end, rest = start, lines[0][:_MAX_LINE]  # the line that begins further ahead
         for line in reversed(lines[1:] if start else lines):
-            if receipt := Receipt.from_line(line):
+            receipt = Receipt.from_line(line)
+            if receipt and (before is None or receipt.id < before):
                 yield receipt
+
+
+def _end_of_older(log: Descriptor, before: str) -> int:
+    """Return a position soon after the receipts that are older than `before`, by binary search: the lines are in order."""
+    low, high = 0, log.status.st_size
+    while high - low > _TAIL:
+        middle = (low + high) // 2
+        whole = os.pread(log.fd, _TAIL, middle).split(b"\n")[1:-1]
+        receipt = next(filter(None, map(Receipt.from_line, whole)), None)
+        if receipt and receipt.id >= before:
+            high = middle
+        else:
+            low = middle
+    return high + os.pread(log.fd, _MAX_LINE, high).find(b"\n") + 1  # with the rest of the line at that position
 
 
 @dataclass(frozen=True)
@@ -295,8 +312,4 @@ class Query:
     outcome: str | None = None
 
     def matches(self, receipt: Receipt) -> bool:
-        return (
-            (self.before is None or receipt.id < self.before)
-            and self.agent in (None, receipt.agent)
-            and self.outcome in (None, receipt.outcome)
-        )
+        return self.agent in (None, receipt.agent) and self.outcome in (None, receipt.outcome)

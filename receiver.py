@@ -32,7 +32,7 @@ import rootcheck
 import storage
 from downloads import conditional, send_file
 from durable import StorageError, os_errors
-from receipts import OUTCOMES, Query, Receipt, ReceiptLog
+from receipts import OUTCOMES, Query, Receipt, ReceiptLog, RunNotFound
 from receiver_metrics import Metrics
 from receiver_requests import (
     FORM_OVERHEAD,
@@ -67,8 +67,6 @@ SUCCESS = "Successfully received file and extracted information"
 NO_TOKEN = "Must pass a token!"
 WRONG_TOKEN = "Received token, but it is invalid!"
 NOT_VALID = "Successfully received the file, but the file is not valid! Perhaps it was corrupted?"
-
-REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -247,10 +245,8 @@ class Receiver:
 
     def receive(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/files: receive the body, validate, commit, record, answer."""
-        for name in REQUIRED_HEADERS:
-            if name not in request.headers:
-                raise RequestRefused(f"Must pass the header {name}!", "headers")
-        headers = self.read_head(request)
+        headers = self.read_head(request, required=True)
+        self.receipts.folder.open()  # better 503 before the commit than after it
         with self.metrics.upload_in_progress(), self.recording_rejections(request, headers):
             with self.receive_body(request) as upload:
                 objects, validation_seconds = self.validate(request, upload, headers)
@@ -266,26 +262,23 @@ class Receiver:
             )
             self.receipts.append(receipt)
         self.report(request, receipt)
-        answer = success(upload, objects) | {"filename": receipt.filename}
+        answer = success(upload, objects, headers.file_name)
         return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
     def check(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/check: answer what the upload would be answered, and store nothing."""
         request.is_check = True
-        headers = self.read_head(request)
+        headers = self.read_head(request, required=False)
         with self.receive_body(request) as upload:
             objects, _ = self.validate(request, upload, headers)
-            answer = success(upload, objects)
-            if all(name in request.headers for name in REQUIRED_HEADERS):
-                answer["filename"] = headers.file_name
-                outcome = self.storage.compare(upload, headers.file_name)
-                answer |= {} if outcome == "stored" else {outcome: True}
+            outcome = self.storage.compare(upload, headers.file_name) if headers.file_name else "stored"
+            answer = success(upload, objects, headers.file_name)
         self.metrics.count_check("valid")
         log("check", status=200, **request.facts, size=upload.size)
-        return json_response(answer)
+        return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
-    def read_head(self, request: ReceiverRequest) -> UploadHeaders:
-        """Check what can be checked before the body arrives; raises RequestRefused or FileTooLarge."""
+    def read_head(self, request: ReceiverRequest, *, required: bool) -> UploadHeaders:
+        """Check what the head says of an upload; raises RequestRefused."""
         encoding = request.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             message = f"The body has the Content-Encoding {encoding!r}: send it as it is"
@@ -293,7 +286,7 @@ class Receiver:
         if "Transfer-Encoding" in request.headers and not request.environ.get("wsgi.input_terminated"):
             message = "The server does not hand on a chunked body: send it with a Content-Length"
             raise RequestRefused(message, "length_required", status=411)
-        headers = UploadHeaders.read(request.headers)
+        headers = UploadHeaders.read(request.headers, required=required)
         expected, token = self.settings.agents, request.token
         if headers.agent and expected and headers.agent not in expected:
             message = f"The agent {headers.agent} is not expected here; expected: {' '.join(expected)}"
@@ -301,8 +294,6 @@ class Receiver:
         if headers.agent and token and token.agents and headers.agent not in token.agents:
             message = f"The token {token.name} may send as {' '.join(token.agents)}, not as {headers.agent}"
             raise RequestRefused(message, "forbidden", status=403)
-        if (request.content_length or 0) > self.settings.max_file_size + (FORM_OVERHEAD if request.is_form else 0):
-            raise FileTooLarge(self.settings.max_file_size)
         return headers
 
     @contextlib.contextmanager
@@ -329,8 +320,10 @@ class Receiver:
     @contextlib.contextmanager
     def receive_body(self, request: ReceiverRequest) -> Iterator[Upload]:
         """Stream the request body, or the part `file` of a multipart form, to a new upload."""
-        announced = min(request.content_length or 0, self.settings.max_file_size)
-        with self.storage.new_upload(announced) as upload:
+        length, limit = request.content_length or 0, self.settings.max_file_size
+        if length > limit + (FORM_OVERHEAD if request.is_form else 0):
+            raise FileTooLarge(limit)
+        with self.storage.new_upload(min(length, limit)) as upload:
             if request.is_form:
                 receive_form(request, upload)
             else:
@@ -399,8 +392,10 @@ class Receiver:
         try:
             file = self.storage.open(name)
         except storage.FileNotStored:
-            run = storage.run_of(name)
-            if run is not None and self.summaries.has_accepted(run, name):
+            run, is_known = storage.run_of(name), False
+            with contextlib.suppress(RunNotFound):
+                is_known = run is not None and self.summaries.has_accepted(run, name)
+            if is_known:
                 raise storage.FileNotStored(f"The file {name} was received and has since been taken away") from None
             raise
         try:
@@ -440,7 +435,8 @@ class Receiver:
         agent, outcome = request.parameter("amoreAgent"), request.parameter("outcome")
         if outcome is not None and outcome not in OUTCOMES:
             raise RequestRefused(f"The query outcome must be one of {', '.join(OUTCOMES)}", "query")
-        query = Query(limit or 100, before, agent and check_agent("query amoreAgent", agent), outcome)
+        wanted_agent = None if agent is None else check_agent("query amoreAgent", agent)
+        query = Query(limit or 100, before, wanted_agent, outcome)
         etag = self.receipts.etag(number)
         if response := not_modified(request, etag):
             return response
@@ -450,6 +446,7 @@ class Receiver:
     def health(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/health: say whether the folder can be written and has room."""
         self.storage.check_health()
+        self.receipts.folder.open(check=True).require_writable()
         return json_response({"status": 200, "message": "The data folder can be written and has room"})
 
     def show_metrics(self, request: ReceiverRequest) -> Response:
@@ -516,17 +513,18 @@ def make_receipt(request: ReceiverRequest, headers: UploadHeaders, outcome: str,
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 
-def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject]) -> dict[str, Any]:
+def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str) -> dict[str, Any]:
     """Return the answer to a valid file, with at most 1 MiB of JSON about its objects."""
     described = {key: found.description for key, found in objects.items()}
-    answer = {"status": 200, "message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
+    answer: dict[str, Any] = {"status": 200} | ({"filename": name} if name else {})
+    answer |= {"message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
     if (
         12 * sum(len(key) + len(text) + 1 for key, text in described.items()) > _MAX_RECEIVED
-    ):  # a character is 12 bytes at most
+    ):  # JSON: 12 bytes a character
         sizes = accumulate(len(json.dumps({key: text})) for key, text in described.items())
-        fitting = list(takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
-        if len(fitting) < len(described):
-            answer |= {"received": dict(islice(described.items(), len(fitting))), "truncated": True}
+        fitting = sum(1 for _ in takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
+        if fitting < len(described):
+            answer |= {"received": dict(islice(described.items(), fitting)), "truncated": True}
     return answer
 
 

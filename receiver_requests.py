@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dqm_receiver")
 
 FORM_OVERHEAD = 1 << 20  # bytes that a form may have beside its file
+REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 NO_FILE = "No file uploaded and the payload was empty"
 
 _FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
 _MAX_FORM_PARTS = 16
+_MAX_PADDING = 100  # blanks behind a boundary (RFC 2046, 5.1.1, "transport-padding")
+_QUOTES = "a boundary with = or / must stand in quotes"
 _MAX_LIMIT = 1000  # entries of a list that is asked for in parts
 _MIN_RATE = 1024  # bytes a second that a refused body must keep
 
@@ -152,22 +155,27 @@ class UploadHeaders(NamedTuple):
     agent: str
     data_status: int
     sha256: str | None
-    file_name: str
+    file_name: str  # empty where run, time stamp or agent is missing
 
     @classmethod
-    def read(cls, headers: Headers) -> UploadHeaders:
-        """Check the headers that are there; raises RequestRefused, naming the one that is wrong."""
+    def read(cls, headers: Headers, *, required: bool) -> UploadHeaders:
+        """Check the headers; raises RequestRefused, naming the one that is missing or wrong."""
+        run, time_stamp, agent = (headers.get(name) for name in REQUIRED_HEADERS)
+        if required and None in (run, time_stamp, agent):
+            missing = next(name for name in REQUIRED_HEADERS if name not in headers)
+            raise RequestRefused(f"Must pass the header {missing}!", "headers")
         sha256 = headers.get("sha256")
         if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
             raise _wrong_header("header sha256", sha256, "must be 64 hexadecimal digits")
         status = headers.get("dataStatus", "0")
         if status not in ("0", "1", "2"):
             raise _wrong_header("header dataStatus", status, "must be 0, 1 (start of a set of data) or 2 (end)")
-        run = check_number("header runNumber", headers.get("runNumber", "0"), storage.MAX_RUN)
-        time_stamp = check_time_stamp(headers.get("timeStamp", "0"))
-        agent = check_agent("header amoreAgent", headers["amoreAgent"]) if "amoreAgent" in headers else ""
-        name = storage.file_name(agent, run, time_stamp)
-        return cls(run, time_stamp, agent, int(status), sha256 and sha256.lower(), name)
+        checked_run = 0 if run is None else check_number("header runNumber", run, storage.MAX_RUN)
+        checked_time = 0 if time_stamp is None else check_time_stamp(time_stamp)
+        checked_agent = "" if agent is None else check_agent("header amoreAgent", agent)
+        is_named = None not in (run, time_stamp, agent)
+        name = storage.file_name(checked_agent, checked_run, checked_time) if is_named else ""
+        return cls(checked_run, checked_time, checked_agent, int(status), sha256 and sha256.lower(), name)
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:
@@ -232,27 +240,38 @@ def form_events(request: ReceiverRequest) -> Iterator[Event]:
     """Yield the events of Werkzeug's parser for a form's body; raises RequestRefused in our words where it is malformed."""
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary or not boundary.isascii():
-        raise malformed("its Content-Type has no boundary, or one that is not ASCII")
+        raise malformed(f"its Content-Type has no boundary, or one that is not ASCII; {_QUOTES}")
+    delimiter = b"--" + boundary.encode()
     decoder = MultipartDecoder(boundary.encode(), max_form_memory_size=4 * _FORM_CHUNK, max_parts=_MAX_FORM_PARTS)
     try:
         while not isinstance(event := decoder.next_event(), Epilogue):
             if isinstance(event, NeedData):
                 decoder.receive_data(request.body.read(_FORM_CHUNK) or None)
+                # Where a piece ends inside the line of a delimiter, Werkzeug (3.1.9) adds the CR before it to the file.
+                while ends_in_delimiter(decoder.buffer, delimiter) and not decoder.complete:
+                    decoder.receive_data(request.body.read(len(delimiter)) or None)
             else:
                 yield event
     except UnicodeDecodeError as error:
         raise malformed("the head of a part (its file name?) is not UTF-8") from error
     except RequestEntityTooLarge as error:
-        raise malformed(f"it has more than {_MAX_FORM_PARTS} parts, or a part with a very long head") from error
+        raise malformed(
+            f"it has more than {_MAX_FORM_PARTS} parts, or a very long head, preamble or epilogue"
+        ) from error
     except (ValueError, HTTPException) as error:
         if not request.body.received:
             raise RequestRefused(NO_FILE, "empty", reason="the form is empty") from error
         if decoder.state is State.PREAMBLE:
-            hint = "a boundary with = or / must stand in quotes"
-            raise malformed(f"the boundary of its Content-Type, {boundary!r}, is not in the body; {hint}") from error
+            raise malformed(f"the boundary of its Content-Type, {boundary!r}, is not in the body; {_QUOTES}") from error
         if decoder.state is State.PART:
             raise malformed("the head of a part is incomplete, or has no Content-Disposition") from error
         raise malformed("it ends without the closing boundary") from error
+
+
+def ends_in_delimiter(buffer: bytearray, delimiter: bytes) -> bool:
+    """Return whether the line of a delimiter has begun at the end of a buffer, and not ended."""
+    tail = bytes(buffer[-len(delimiter) - _MAX_PADDING :]).rstrip(b" \t\v\f")
+    return tail.endswith((delimiter, delimiter + b"-"))
 
 
 def malformed(what: str) -> RequestRefused:

@@ -63,6 +63,7 @@ _HEALTH_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` when health is checked
 _HEALTH_AGE = 1.0  # seconds for which an answer about health is good
 _MAX_REJECTED_FILES = 1000
 
+_NOT_REGULAR = {errno.ELOOP, errno.ENXIO}  # open_regular
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
 
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
@@ -142,7 +143,7 @@ class Storage:
         """Make what a process must not share with its parent: locks, queue, writer."""
         self._lock = FolderLock(self._data)
         self._space = Space(self._data, self._min_free_space)
-        self._incoming = Incoming(self._data, self._lock, self._space, self.max_file_size)
+        self._incoming = Incoming(self._data, self._lock, self._space)
         self._commits = GroupCommit(self._commit_batch)
         self._health_lock = threading.Lock()
         self._health: tuple[float, StorageError | None] = -_HEALTH_AGE, None  # when it was checked, what was wrong
@@ -154,7 +155,7 @@ class Storage:
         """Begin an upload whose request announced so many bytes; raises InsufficientStorage or StorageUnavailable."""
         if self._failure:
             raise StorageUnavailable(self._failure)
-        return self._incoming.new_upload(announced)
+        return self._incoming.new_upload(announced, self.max_file_size)
 
     def recover(self) -> None:
         """Delete the uploads of dead processes."""
@@ -210,6 +211,10 @@ class Storage:
             file = open_regular(name, os.O_RDONLY, self._data.open())
         except FileNotFoundError:
             return _Found("stored")
+        except OSError as error:
+            if error.errno in _NOT_REGULAR:
+                raise StorageUnavailable(f"The name {name} is taken by something that is not a regular file") from error
+            raise
         sha256, position = hashlib.sha256(), 0
         while chunk := os.pread(file.fd, _CHUNK, position):
             sha256.update(chunk)
@@ -239,7 +244,8 @@ class Storage:
 
     def _copy(self, file: Descriptor, name: str, folder: Descriptor) -> None:
         """Copy a file, durably, through `.incoming/`, so that its new name never holds a part of it."""
-        with self.new_upload(file.status.st_size) as copy:
+        size = file.status.st_size
+        with self._incoming.new_upload(size, size) as copy:
             position = 0
             while chunk := os.pread(file.fd, _CHUNK, position):
                 copy.write(chunk)
@@ -300,16 +306,16 @@ class Storage:
             raise error
 
     def _try_upload(self) -> None:
-        """Write and read back a small upload, look at every folder, and take the lock."""
-        with os_errors(), self.new_upload() as upload:
-            upload.write(b"health")
-            if os.pread(upload.fd, 7, 0) != b"health":
-                raise StorageUnavailable("The data folder cannot be used: it does not give back what was written")
-            for folder in (self._data, self._incoming.folder, self._replaced, self._rejected):
-                if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.open().fd, effective_ids=True):
-                    raise StorageUnavailable("The data folder cannot be used: it may not be written")
+        """Take the lock, write and read back a small upload, and look at every folder."""
+        with os_errors():
             with self._lock.hold(_HEALTH_LOCK_TIMEOUT):
                 pass
+            with self.new_upload() as upload:
+                upload.write(b"health")
+                if os.pread(upload.fd, 7, 0) != b"health":
+                    raise StorageUnavailable("The data folder cannot be used: it does not give back what was written")
+            for folder in (self._data, self._replaced, self._rejected):
+                folder.open(check=True).require_writable()
 
     # --- accepted files ------------------------------------------------------------------------------------------------
 

@@ -19,13 +19,14 @@ DATA_START, DATA_END = 1, 2  # dataStatus: this file starts, or ends, a set of d
 _MAX_AGENTS = 200  # of a run that are summed apart
 _MAX_NAMES = 100_000  # file names that the summary of a run remembers
 _MAX_ALL_NAMES = 200_000  # that all summaries together remember
+_MAX_RUNS = 200  # whose summaries are remembered
 _CHUNK = 1 << 20  # bytes of a log that are read at once
 
 
 class Summaries:
     """The summaries of the runs that were asked for, brought up to date with each question.
 
-    Those that were asked for least recently are forgotten, so all together remember at most 200,000 file names, about 50 MB.
+    Those that were asked for least recently are forgotten, so all together remember at most 200 runs and 200,000 file names, about 50 MB.
     """
 
     def __init__(self, receipts: ReceiptLog) -> None:
@@ -49,7 +50,7 @@ class Summaries:
             summary = self._runs.pop(run, None) or RunSummary()
             summary.update(folder)
         self._runs[run] = summary
-        while sum(len(other.names) for other in self._runs.values()) > _MAX_ALL_NAMES:
+        while len(self._runs) > _MAX_RUNS or sum(len(one.names) for one in self._runs.values()) > _MAX_ALL_NAMES:
             self._runs.popitem(last=False)
         return summary
 

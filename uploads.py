@@ -156,24 +156,24 @@ class Space:
 class Incoming:
     """The folder `.incoming/` with the uploads of all writers. A writer is one process; its folder is made at its first upload."""
 
-    def __init__(self, data: Folder, lock: FolderLock, space: Space, max_file_size: int) -> None:
+    def __init__(self, data: Folder, lock: FolderLock, space: Space) -> None:
         self.folder = Folder(".incoming", data)
-        self._lock, self._space, self._max_file_size = lock, space, max_file_size
+        self._lock, self._space = lock, space
         self._writer: Writer | None = None
         self._writer_lock = threading.Lock()
         self._recovered = time.monotonic()
 
-    def new_upload(self, announced: int) -> Upload:
-        """Begin an upload whose request announced so many bytes; raises StorageError."""
+    def new_upload(self, announced: int, max_size: int) -> Upload:
+        """Begin an upload that announced so many bytes and may have at most `max_size`; raises StorageError."""
         if time.monotonic() - self._recovered > _RECOVERY_INTERVAL:
             self.recover()
         with os_errors():
             self.folder.open()
             try:
-                return Upload(self._get_writer(), self._space, self._max_file_size, announced)
+                return Upload(self._get_writer(), self._space, max_size, announced)
             except FileNotFoundError:  # the writer's folder has been deleted
                 self._writer = None
-                return Upload(self._get_writer(), self._space, self._max_file_size, announced)
+                return Upload(self._get_writer(), self._space, max_size, announced)
 
     def _get_writer(self) -> Writer:
         with self._writer_lock:

@@ -12,7 +12,7 @@ import sys
 import common
 
 PAGE = common.PROJECT / "docs" / "performance.md"
-NAMES = ("uploads", "validation", "memory", "downloads", "scaling")
+NAMES = ("uploads", "validation", "memory", "downloads", "scaling", "many_runs")
 
 
 def main() -> None:

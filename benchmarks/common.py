@@ -20,6 +20,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 PROJECT = HERE.parent
 TOKEN = "abcd"
+BEFORE = "03f6dfa"
 FILES = "/rest/api/files"
 HEADERS = {"token": TOKEN, "runNumber": "123", "timeStamp": "234", "amoreAgent": "EMC"}
 
@@ -76,7 +77,9 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 class Server:
     """A server on a free port of 127.0.0.1."""
 
-    def __init__(self, data: Path, command: Sequence[str], port: int, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, data: Path, command: Sequence[str], port: int, environ: Mapping[str, str], cwd: Path = PROJECT
+    ) -> None:
         self.data = data
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -84,7 +87,7 @@ class Server:
         started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=PROJECT, env={**os.environ, **environ}, stdout=log, stderr=log, start_new_session=True
+                command, cwd=cwd, env={**os.environ, **environ}, stdout=log, stderr=log, start_new_session=True
             )
         self._wait()
         self.seconds_to_answer = time.monotonic() - started
@@ -118,12 +121,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(folder: Path, kind: str, workers: int | None = None) -> Iterator[Server]:
-    """Run a server with a new data folder.
+def server(folder: Path, kind: str, workers: int | None = None, data: Path | None = None) -> Iterator[Server]:
+    """Run a server with a new data folder, or with one that was filled before.
 
-    `receiver` has its gunicorn.conf.py, `sync` and `gthread` are Flask with these workers of gunicorn; or `nginx`.
+    `receiver` has its gunicorn.conf.py, `before` is the receiver of an earlier commit. `sync` and `gthread` are Flask with these
+    workers of gunicorn, `sync+fsync` and `gthread+fsync` the same with fsync; or `nginx`.
     """
-    data = new_data(folder)
+    data = data or new_data(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -131,22 +135,46 @@ def server(folder: Path, kind: str, workers: int | None = None) -> Iterator[Serv
     if workers is not None:
         gunicorn += ["--workers", str(workers)]
     environ = {"DATA_FOLDER": str(data), "TOKEN": TOKEN, "MIN_FREE_SPACE": "0"}
+    cwd, worker_class, _, fsync = PROJECT, *kind.partition("+")
     if kind == "receiver":
         command = gunicorn
-    elif kind in ("sync", "gthread"):
-        command = [*gunicorn, "--config", "/dev/null", "--chdir", str(HERE), "--worker-class", kind, "--threads"]
-        command += ["4" if kind == "gthread" else "1", "rival_flask:app"]
+    elif kind == "before":
+        command, cwd = gunicorn, earlier(folder)
+    elif worker_class in ("sync", "gthread"):
+        command = [
+            *gunicorn,
+            "--config",
+            "/dev/null",
+            "--chdir",
+            str(HERE),
+            "--worker-class",
+            worker_class,
+            "--threads",
+        ]
+        command += ["16" if worker_class == "gthread" else "1", "rival_flask:app"]
     else:
         configuration = folder / "nginx.conf"
         configuration.write_text(
             NGINX.format(folder=folder, data=data, port=port, workers=workers or 2, user=getpass.getuser())
         )
         command = ["nginx", "-e", str(folder / "server.log"), "-c", str(configuration)]
-    running = Server(data, command, port, {f"DQM_RECEIVER_{name}": value for name, value in environ.items()})
+    variables = {f"DQM_RECEIVER_{name}": value for name, value in environ.items()} | {
+        "RIVAL_FSYNC": "1" if fsync else ""
+    }
+    running = Server(data, command, port, variables, cwd)
     try:
         yield running
     finally:
         running.stop()
+
+
+def earlier(folder: Path) -> Path:
+    """Return a checkout of the commit that BEFORE names, the receiver before it committed by rename."""
+    checkout = folder / f"receiver-{BEFORE}"
+    if not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(checkout)], check=True)
+        subprocess.run(["git", "checkout", "--quiet", BEFORE], check=True, cwd=checkout)
+    return checkout
 
 
 NGINX = """

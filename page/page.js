@@ -1324,6 +1324,7 @@ function keyItems(keys, drawings) {
     if (key.fName === "StreamerInfo" && key.fClassName === "TList") continue;
     const before = newest.get(key.fName);
     if (!before || before.fCycle < key.fCycle) newest.set(key.fName, key);
+    else if (before.fCycle === key.fCycle) newest.set(key, key); // JSROOT leaves quotes out of names: they may look the same
   }
   return [...newest.values()].map((key) => {
     const name = utf8(key.fName);

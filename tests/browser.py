@@ -97,9 +97,7 @@ class Tab:
         self.faults: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on(
-            "console", lambda message: self.faults.append(message.text) if message.type == "error" else None
-        )
+        self.page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
 
     def open(self, fragment: str = "") -> Page:
         """Open a view of the page."""

@@ -1,23 +1,29 @@
-"""What tests send and look at: constants, a receiver's settings, real curl, and a fast HTTP client."""
+"""What tests send and look at: constants, settings, requests in this process, real curl, and a fast HTTP client."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from werkzeug.test import Client, TestResponse
 
 PROJECT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 TOKEN = "abcd"
 HEADERS = {"token": TOKEN, "runNumber": "123", "timeStamp": "234", "amoreAgent": "testagent", "dataStatus": "1"}
 NAME = "testagenthistos_123_DQM_1970_01_01_01_03_54.root"  # what these headers call a file
+AUTH = {"token": TOKEN}
 FILES = "/rest/api/files"
+URL = f"{FILES}/{NAME}"
 
 # How often an experiment with chance in it is repeated, and where its chance begins.
 ROUNDS = int(os.environ.get("DQM_FAULT_ROUNDS", "3"))
@@ -51,12 +57,95 @@ def receipts(folder: Path, run: int = 123) -> list[dict[str, Any]]:
     return sorted(found, key=lambda receipt: str(receipt["id"]))
 
 
+def incoming(folder: Path) -> list[Path]:
+    """Return the uploads in progress of all writers."""
+    return [path for path in folder.glob(".incoming/*/*") if path.name != "lock"]
+
+
+def hidden(folder: Path, name: str) -> list[bytes]:
+    """Return the contents of the files in a hidden folder, by name; none where there is no such folder."""
+    return [path.read_bytes() for path in sorted((folder / name).glob("*"))]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Return all that is in a folder: the content of each file."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     """Wait until something is so; fail if it is not within so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"what was waited for has not come within {seconds} s"
         time.sleep(0.02)
+
+
+# --- requests in this process ------------------------------------------------------------------------------------------
+
+FORM = "multipart/form-data; boundary=limit"
+
+
+def headers(**changes: str | None) -> dict[str, str]:
+    """Return the usual headers with changes; None leaves one out."""
+    changed: dict[str, str | None] = {**HEADERS, **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def part(content: bytes, name: str = "file", filename: str | None = "histograms.root", more: str = "") -> bytes:
+    """Return a part of a multipart form."""
+    given = f'; filename="{filename}"' if filename is not None else ""
+    return f'Content-Disposition: form-data; name="{name}"{given}\r\n{more}\r\n'.encode() + content
+
+
+def multipart(*parts: bytes, end: bytes = b"--\r\n") -> bytes:
+    return b"".join(b"--limit\r\n" + one + b"\r\n" for one in parts) + b"--limit" + end
+
+
+def send(
+    client: Client, body: bytes = PROFILES, content_type: str = "", path: str = FILES, **changes: str | None
+) -> TestResponse:
+    """Upload a body as it is, with changes of the usual headers."""
+    # Werkzeug's client would make a form of its own of an empty body with the type of a form.
+    stream = io.BytesIO(body)
+    return client.post(path, input_stream=stream, content_type=content_type, headers=headers(**changes))
+
+
+def send_form(client: Client, *parts: bytes, **changes: str | None) -> TestResponse:
+    return send(client, multipart(*parts), FORM, **changes)
+
+
+def send_chunked(
+    client: Client, body: bytes | IO[bytes], content_type: str = "", path: str = FILES, **changes: str | None
+) -> TestResponse:
+    """Send a body of unknown length, as a server hands on a chunked one."""
+    return client.post(
+        path,
+        input_stream=io.BytesIO(body) if isinstance(body, bytes) else body,
+        content_type=content_type,
+        headers={**headers(**changes), "Transfer-Encoding": "chunked"},
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+
+
+def get(client: Client, path: str, **more: str) -> Any:
+    """Return the JSON of an answer that must be 200."""
+    response = client.get(path, headers={**AUTH, **more})
+    assert response.status_code == 200, response.text
+    return response.json
+
+
+_PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|-?[0-9.e-]+|\[.*?\])(?: |$)')
+
+
+def log_line(message: str) -> dict[str, Any]:
+    """Return the facts of a line in the receiver's log, its first word as `event`; it must be key=value throughout."""
+    event, _, rest = message.partition(" ")
+    pairs = _PAIR.findall(rest)
+    assert " ".join(f"{key}={value}" for key, value in pairs) == rest, message
+    return {"event": event} | {key: json.loads(value) for key, value in pairs}
+
+
+# --- requests to a server ----------------------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):

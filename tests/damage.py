@@ -59,7 +59,8 @@ class Part(IntEnum):
     FREE = 12  # deleted records, zeros between records
     SLACK = 13  # behind the last key of a list, behind the fields of a directory or of the header
     BEHIND = 14  # behind fEND
-    TITLE = 15  # of keys: ROOT may rewrite it in the key list alone (TKey::SetTitle)
+    TITLE = 15  # names and titles of keys: ROOT may rewrite them in the key list alone (TKey::SetName, SetTitle)
+    TOLERANT = 16  # a number that some writers set otherwise
 
 
 DETECTABLE = frozenset({Part.STRUCTURE, Part.CHECKSUMMED})
@@ -159,6 +160,7 @@ class Layout:
         self.directories: list[int] = []  # positions
         self.zeros: list[tuple[int, int]] = []
         self._versions: list[tuple[Field, int]] = []  # and from which number on the fields behind it are wide
+        self._tolerant: list[tuple[Field, Callable[[int], bool]]] = []  # and which numbers are accepted
         self._header()
         self.parts[self.end :] = Part.BEHIND
         self._directories()
@@ -177,6 +179,11 @@ class Layout:
         self._versions.append((self.fields[-1], wide_from))
         return end
 
+    def _tolerated(self, name: str, start: int, size: int, accepts: Callable[[int], bool]) -> int:
+        end = self._field(name, start, size, Part.TOLERANT)
+        self._tolerant.append((self.fields[-1], accepts))
+        return end
+
     def _header(self) -> None:
         self._mark(Part.STRUCTURE, 0, 4)
         version, self.begin = struct.unpack_from(">ii", self.data, 4)
@@ -189,12 +196,17 @@ class Layout:
         self.free_list = self.fields[-1].read(self.data)
         if not self.free_list:  # else the list has fEND once more; here there may be further records behind it
             self._mark(Part.ONCE, at - 2 * wide, at - wide)
-        at = self._field("header fNbytesFree", at, 4)
-        at = self._field("header nfree", at, 4, Part.STRUCTURE if self.free_list else Part.SLACK)
+        size = int.from_bytes(self.data[at : at + 4], "big")
+        if self.free_list:
+            at = self._tolerated("header fNbytesFree", at, 4, lambda number: size <= number < 1 << 31)
+            at = self._tolerated("header nfree", at, 4, lambda number: number in (0, self.free_segments))
+        else:
+            at = self._field("header fNbytesFree", at, 4)
+            at = self._field("header nfree", at, 4, Part.SLACK)
         self.free_segments = self.fields[-1].read(self.data)
         at = self._field("header fNbytesName", at, 4)
         self.name_size = self.fields[-1].read(self.data)
-        at = self._field("header fUnits", at, 1)
+        at = self._field("header fUnits", at, 1, Part.ONCE)
         at = self._field("header fCompress", at, 4, Part.COMPRESSION)
         at = self._field("header fSeekInfo", at, wide)
         self.streamer_info = self.fields[-1].read(self.data)
@@ -247,7 +259,9 @@ class Layout:
         if wide == 8:
             self._mark(Part.ONCE, at - 8, at - 6)  # fPidOffset, in the upper bits of fSeekPdir
         self._mark(Part.STRUCTURE, at, key.end)
-        self._mark(Part.TITLE, key.end - len(key.title), key.end)
+        for text in (key.title, key.name) if what or key.start in self.listed else (key.title,):
+            end = key.end if text is key.title else _string(self.data, _string(self.data, key.texts)[1])[1]
+            self._mark(Part.TITLE, end - len(text), end)
 
     def _records(self) -> None:
         holes = self._free_list() if self.free_list else {}
@@ -270,9 +284,13 @@ class Layout:
         for _ in range(self.free_segments):
             wide = 8 if int.from_bytes(self.data[at : at + 2], "big") > 1000 else 4
             at = self._version("free segment fVersion", at, 2, 1001)
-            at = self._field("free segment fFirst", at, wide)
+            first = int.from_bytes(self.data[at : at + wide], "big")
+            if first < self.end:
+                at = self._field("free segment fFirst", at, wide)
+            else:
+                at = self._tolerated("free segment fFirst", at, wide, lambda number: number in (self.begin, self.end))
             at = self._field("free segment fLast", at, wide)
-            first, last = (field.read(self.data) for field in self.fields[-2:])
+            last = self.fields[-1].read(self.data)
             if first < self.end:
                 holes[first] = last + 1
         return holes
@@ -293,6 +311,8 @@ class Layout:
     def _record(self, key: Key) -> int:
         self.keys.append(key)
         self._key("", key)
+        if key.start not in self.listed and key.class_name not in (b"TBasket", b"RBlob"):
+            self._tolerated("key fCycle", key.start + 16, 2, lambda number: number in (0, 1))
         if key.start not in self.listed and key.start != self.streamer_info:
             # ROOT writes the present class, name and title of the file here, which may have had others before.
             texts = key.class_name, *((key.name, key.title) if key.start != self.begin else ())
@@ -348,6 +368,9 @@ class Layout:
             sign = 1 << 8 * field.size - 1
             number, was = (field.read(data) ^ sign for data in (mutant, self.data))
             if (number >= wide_from + sign) != (was >= wide_from + sign):
+                parts.add(Part.STRUCTURE)
+        for field, accepts in self._tolerant if Part.TOLERANT in parts else ():
+            if field.read(mutant) != field.read(self.data) and not accepts(field.read(mutant)):
                 parts.add(Part.STRUCTURE)
         if Part.CHECKSUMMED in parts and Part.STRUCTURE not in parts and not self._inflates_to_other(mutant, changed):
             parts.remove(Part.CHECKSUMMED)

@@ -19,12 +19,6 @@ from zoneinfo import ZoneInfo
 
 from client import HEADERS, HISTOGRAMS, PROJECT, Reply, visible
 
-import storage
-
-# Until the commit by rename: a crash or a consumer between two renames leaves a name missing until the next start, and a
-# receipt whose withdrawal fails names a file that has been withdrawn. To be deleted with every line that mentions it.
-OLD_COMMIT = not hasattr(storage, "LOCK_TIMEOUT")
-
 INVALID = HISTOGRAMS[:3000] + bytes(2000) + HISTOGRAMS[5000:]
 ACCEPTED = ("stored", "duplicate", "replaced")
 
@@ -89,12 +83,11 @@ def assert_promise(
     *,
     unsure: Iterable[Sent] = (),
     taken: Path | None = None,
-    crashed: bool = False,
 ) -> None:
     """Raise BrokenPromise unless the folder holds all that was acknowledged, and shows nothing that was not sent whole.
 
     `unsure` uploads may have happened: they were answered 500, 503 or not at all. `taken` is the folder to which a consumer
-    moves visible files as `<name>.<anything>`. `crashed` says that a process has died and none has started since.
+    moves visible files as `<name>.<anything>`.
     """
     acknowledged = Counter(acknowledged)
     sent = acknowledged.keys() | set(unsure)
@@ -102,7 +95,7 @@ def assert_promise(
     kept = {(path.name.partition(".root")[0] + ".root", sha256(path.read_bytes())) for path in _files(folder, taken)}
     problems = [f"{name} shows bytes that were not sent ({digest[:8]})" for name, digest in sorted(shown - sent)]
     problems += [f"the upload of {name} ({digest[:8]}) is lost" for name, digest in acknowledged.keys() - shown - kept]
-    if taken is None and not (OLD_COMMIT and crashed):
+    if taken is None:
         names = {name for name, _ in acknowledged} - {name for name, _ in shown}
         problems += [f"the name {name} has vanished" for name in sorted(names)]
     lines = Counter(
@@ -113,11 +106,9 @@ def assert_promise(
         for upload, number in acknowledged.items()
         if lines[upload] < number
     ]
-    if not OLD_COMMIT:
-        problems += [
-            f"a receipt tells of {name} ({digest[:8]}), which is nowhere"
-            for name, digest in lines.keys() - kept - shown
-        ]
+    problems += [
+        f"a receipt tells of {name} ({digest[:8]}), which is nowhere" for name, digest in lines.keys() - kept - shown
+    ]
     if problems:
         raise BrokenPromise("\n".join(problems))
 
@@ -146,11 +137,11 @@ def faulty_receiver(*arguments: str) -> list[str]:
 class Process:
     """A receiver in a process of its own, without HTTP, that does as it is told: see faulty_receiver.Served."""
 
-    def __init__(self, folder: Path, *, start: bool = True, **settings: str) -> None:
+    def __init__(self, folder: Path, *, start: bool = True, prefix: tuple[str, ...] = (), **settings: str) -> None:
         self.folder = folder
         self.forks: list[int] = []
         self._process = subprocess.Popen(
-            faulty_receiver("serve", str(folder)),
+            [*prefix, *faulty_receiver("serve", str(folder))],
             cwd=PROJECT,
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
             stdin=subprocess.PIPE,

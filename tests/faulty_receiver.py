@@ -32,7 +32,6 @@ from typing import Any
 from client import FILES, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, settings, visible
 from faults import (
     INVALID,
-    OLD_COMMIT,
     BrokenPromise,
     Sent,
     assert_promise,
@@ -44,7 +43,6 @@ from faults import (
 from werkzeug.test import Client
 
 import receiver
-import storage
 
 BODIES = {"histograms": HISTOGRAMS, "profiles": PROFILES, "graphs": GRAPHS, "invalid": INVALID}
 BASE = 234  # the time stamp of the upload under test
@@ -75,11 +73,11 @@ CHANGING = {"create", "flock", *TWO_PATHS.values(), *TO_PATH, *TO_DESCRIPTOR, *C
 
 # Which calls can fail with which error.
 ERRORS = {
-    "EIO": {*CHANGING, "open", *LOOKS.values()},
+    "EIO": {*CHANGING, "open", "read", "scandir", "listdir"},
     "ENOSPC": {"create", "write", "link", "rename", "symlink", "mkdir", "fsync", "ftruncate", *TO_DESCRIPTOR},
     "EMFILE": {"create", "open", "scandir", "listdir"},
     "EACCES": {"create", "open", "link", "rename", "unlink", "mkdir", "rmdir", "utime", "scandir", "listdir", "access"},
-    "ESTALE": {*CHANGING, "open", "stat", "lstat", "fstat", "read"},
+    "ESTALE": {*CHANGING, "open", *LOOKS.values()},
 }
 
 
@@ -88,7 +86,7 @@ class Steps:
 
     Actions: "kill before", "kill after"; an error ("EIO"), an error though the call has been made ("EIO after"), an error at
     this call and every later one of its kind ("EIO for good"); "torn" (half of the bytes are written, then ENOSPC), "short"
-    (half of the bytes are written); "stop" (SIGSTOP); "nothing"; or a function, which is called before the call and returns
+    (half of the bytes are written); "stop" (SIGSTOP); "read-only" (so is the disk from here on); "nothing"; or a function, which is called before the call and returns
     one of those.
     """
 
@@ -100,7 +98,7 @@ class Steps:
         self.pattern, self.times = "", 0
         self.action: str | Callable[[], str] = "nothing"
         self._counts: Counter[str] = Counter()
-        self.lasting = ""  # the call that fails for good
+        self.lasting: set[str] = set()  # the calls that fail for good
         self._lock = threading.Lock()
         self._readlink, self._write = os.readlink, os.write
         self._busy = threading.local()
@@ -118,7 +116,7 @@ class Steps:
 
     def stop(self) -> None:
         """Take no action any more."""
-        self.times, self.lasting = 0, ""
+        self.times, self.lasting = 0, set()
 
     def _wrapped(self, real: Callable[..., Any], function: str, call: str) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **more: Any) -> Any:
@@ -189,7 +187,7 @@ class Steps:
             if hit:
                 self.times -= 1
                 self.fired.append(name)
-            action = self.action if hit or self.lasting == call else "nothing"
+            action = self.action if hit or call in self.lasting else "nothing"
         if callable(action):
             self._busy.now = True
             try:
@@ -211,6 +209,11 @@ class Steps:
             if action == "torn":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return written
+        if action == "read-only":
+            self.lasting = CHANGING - {"flock", "fsync"}
+            if call in self.lasting:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return real(*arguments, **more)
         if action == "kill before":
             os.kill(os.getpid(), signal.SIGKILL)
         kind, _, when = action.partition(" ")
@@ -225,7 +228,7 @@ class Steps:
             elif call in ("create", "open"):
                 os.close(result)
         if when == "for good":
-            self.lasting = call
+            self.lasting = {call}
         number = getattr(errno, kind)
         raise OSError(number, os.strerror(number))
 
@@ -255,8 +258,8 @@ SITUATIONS = {
 RIVALS = {"rival": GRAPHS, "equal rival": HISTOGRAMS}
 # The steps without which no byte or name is durable.
 DURABLE = re.compile(r"upload: (fsync (\.|NAME|\.incoming/(<id>/)?<id>|\.replaced(/<id>)?)|write \.incoming/\S+)( #|$)")
-RIVAL_WAIT = 1.0  # seconds for which a process that may hold a lock waits for its rival
-LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
+RIVAL_WAIT = 0.5  # seconds for which a process that may hold a lock waits for its rival
+SHORT_LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
 
 
 def send(app: Any, body: bytes, time_stamp: int = BASE, **more: str) -> tuple[int, Any]:
@@ -503,7 +506,7 @@ class EveryStep:
             (acknowledged if said["next"] == 200 else unsure).append(other)
         taken = self.taken if self.action == "take" else None
         if self.folder.exists():
-            assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken, crashed=True)
+            assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken)
         # A new process, without the fault.
         again = self.alone(self.new)
         if again.get("left") != []:
@@ -567,8 +570,17 @@ class Served:
         self.app = receiver.create_app(settings(self.folder, **more))
 
     def fault(self, pattern: str, action: str, times: int) -> None:
+        utime = os.utime
+
+        def touch() -> str:
+            utime(self.folder / NAME)
+            return "nothing"
+
         self.steps.stop()
-        self.steps.at(pattern, action, times)
+        self.steps.at(pattern, touch if action == "touch NAME" else action, times)
+
+    def trace(self) -> list[str]:
+        return self.steps.trace
 
     def post(self, body: str, headers: dict[str, str]) -> tuple[int, Any]:
         response = Client(self.app).post(FILES, headers=headers, data=bytes.fromhex(body))
@@ -646,8 +658,9 @@ def serve(folder: Path) -> None:
 
 
 def main() -> None:
-    if not OLD_COMMIT:
-        storage.LOCK_TIMEOUT = LOCK_TIMEOUT  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        if hasattr(module, "LOCK_TIMEOUT"):
+            vars(module)["LOCK_TIMEOUT"] = SHORT_LOCK_TIMEOUT
     if sys.argv[1] == "every-step":
         every_step(Path(sys.argv[2]).resolve(), *sys.argv[3:5])
     else:

@@ -116,6 +116,9 @@ class File:
         self.directories: list[Directory] = []
         self.free: list[tuple[int, int]] = []  # segments before the last, which follows from the end of the file
         self.streamer_info: bytes | None = EMPTY_LIST
+        self.unlisted: dict[str, Any] = {}  # in the keys of streamer info and free list, instead of what would be right
+        self.room_begins = 0  # instead of the end of the file, in the last free segment
+        self.directory_version = 5
         names = string(b"file.root") + string(b"")
         key = self.record(b"TFile", b"file.root", names + bytes(60 if big else 48), directory=0)
         self.root = self._directory(key, begin + key.key_size + len(names), None)
@@ -161,7 +164,7 @@ class File:
         fields = {"directory": directory.position, **directory.key_list}
         key_list = self.record(class_name, directory.key.name, payload, **fields) if directory.listed else Key(b"")
         values = {
-            "version": 1005 if self.big else 5,
+            "version": self.directory_version + (1000 if self.big else 0),
             "key_list_size": key_list.size,
             "name_size": directory.start - directory.position,
             "own": directory.position,
@@ -179,14 +182,14 @@ class File:
             self.list_keys(directory)
         values = {"streamer_info": 0, "streamer_info_size": 0}
         if self.streamer_info is not None:
-            info = self.record(b"TList", b"StreamerInfo", self.streamer_info)
+            info = self.record(b"TList", b"StreamerInfo", self.streamer_info, **self.unlisted)
             values = {"streamer_info": info.position, "streamer_info_size": info.size}
         form = ">hqq" if self.big else ">hii"
         segments = len(self.free) + 1
-        free_list = self.record(b"TFile", b"file.root", bytes(segments * struct.calcsize(form)))
+        free_list = self.record(b"TFile", b"file.root", bytes(segments * struct.calcsize(form)), **self.unlisted)
         end = len(self.data)
         version = 1001 if self.big else 1
-        last = (end, max(end, 2_000_000_000))
+        last = (self.room_begins or end, max(end, 2_000_000_000))
         packed = b"".join(struct.pack(form, version, *segment) for segment in [*self.free, last])
         self.data[end - len(packed) :] = packed
         values |= {

@@ -217,10 +217,11 @@ class Fake:
         line, *fields = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
         wanted = int(headers["content-length"]) if self.read is None else self.read
-        while len(body) < wanted and (piece := connection.recv(65536)):
-            body += piece
+        received = bytearray(body)
+        while len(received) < wanted and (piece := connection.recv(65536)):
+            received += piece
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        request = Received(line, headers, body)
+        request = Received(line, headers, bytes(received))
         self.requests.append(request)
         data = reply if isinstance(reply, bytes) else reply(request)
         if data == self.RESET:

@@ -88,7 +88,8 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def use(server: Server) -> None:
-    """Have a file stored, one rejected and a request refused."""
+    """Have a file stored, one rejected, one checked and a request refused."""
+    curl(f"{server.url}/rest/api/check", "--data-binary", "@-", send=HISTOGRAMS)
     post(server.port, HISTOGRAMS)
     post(server.port, b"rubbish")
     post(server.port, HISTOGRAMS, {**HEADERS, "token": "wrong"})
@@ -223,19 +224,23 @@ def test_documented_grep_finds_refusals(busy: Server) -> None:
     assert re.findall(r'reason_class="(\w+)"', found) == ["headers", "token"]
 
 
-def test_documented_commands_add_an_agent(tmp_path: Path) -> None:
-    (script,) = re.findall(r"```sh\n(umask.*?)```", section("Tokens"), re.DOTALL)
+def test_documented_commands_add_and_replace_tokens(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.ini"
+    tokens.write_text("[tokens]\n[agents]\nHLT = testagent\n")
     changes = {
         "/opt/dqm-receiver/bin/dqm-receiver": f"{sys.executable} {PROJECT}/receiver.py",
-        "/etc/dqm-receiver/tokens.ini": str(tmp_path / "tokens.ini"),
+        "/etc/dqm-receiver/tokens.ini": str(tokens),
         "systemctl": ": ",
     }
-    (tmp_path / "tokens.ini").write_text("[tokens]\n[agents]\n")
-    subprocess.run(["sh", "-ec", adapted(script, changes)], cwd=tmp_path, check=True)
-    environ = settings(tmp_path / "data", tokens_file=str(tmp_path / "tokens.ini"))
-    token = (tmp_path / "HLT.txt").read_text().splitlines()[2].strip()
-    answer = Client(receiver.create_app(environ)).post(FILES, data=HISTOGRAMS, headers={**HEADERS, "token": token})
-    assert answer.status_code == 200
+    scripts = re.findall(r"```sh\n(umask.*?)```", section("Tokens"), re.DOTALL)
+    made = []
+    for script in scripts:
+        subprocess.run(["sh", "-ec", adapted(script, changes)], cwd=tmp_path, check=True)
+        made.append((tmp_path / "HLT.txt").read_text().splitlines()[2].strip())
+        client = Client(receiver.create_app(settings(tmp_path / "data", tokens_file=str(tokens))))
+        for token in made:
+            assert client.post(FILES, data=HISTOGRAMS, headers={**HEADERS, "token": token}).status_code == 200
+    assert len(made) == 2
     assert (tmp_path / "HLT.txt").stat().st_mode & 0o777 == 0o600
 
 

@@ -18,15 +18,15 @@ from server import Server
 
 pytest.importorskip("playwright")
 
-from browser import AXE, Chromium, Tab, jsroot_folder, npm_package  # noqa: E402
-from playwright.sync_api import Page, expect  # noqa: E402
+from browser import AXE, Chromium, Tab, jsroot_folder, npm_package
+from playwright.sync_api import Page, expect
 
 expect.set_options(timeout=6_000)
 
 RUN = 300005
 LONG_AGENT = "L" + "o" * 62 + "ng"[:1]
 AGENTS = ["EMC", "HLT", "TPC", "FMD", "testagent", LONG_AGENT]
-CRAFTED = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
+CRAFTED = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
 DAMAGED = b"root" + HISTOGRAMS[4:300]
 
 
@@ -92,7 +92,10 @@ def row(page: Page, name: str) -> list[str]:
     """Return the texts of the table's row that begins with this."""
     cells = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name=name, exact=True))
     expect(cells).to_have_count(1)
-    return [re.sub(r"\s+", " ", text) for text in cells.get_by_role("rowheader").or_(cells.get_by_role("cell")).all_inner_texts()]
+    return [
+        re.sub(r"\s+", " ", text)
+        for text in cells.get_by_role("rowheader").or_(cells.get_by_role("cell")).all_inner_texts()
+    ]
 
 
 # --- the token ---------------------------------------------------------------------------------------------------------
@@ -406,7 +409,14 @@ def test_replaced_file_is_not_mixed_up(tab: Tab, server: Server) -> None:
 
 def test_crafted_names_stay_text(tab: Tab, server: Server, tmp_path: Path) -> None:
     link = "#url[javascript:window.hacked=1]{click}"
-    names = [CRAFTED.replace("/", "|"), link, "'; window.hacked=1; //".replace("/", "|"), "\u202egnp.exe", "a;1", "x" * 500]
+    names = [
+        CRAFTED.replace("/", "|"),
+        link,
+        "'; window.hacked=1; //".replace("/", "|"),
+        "\u202egnp.exe",
+        "a;1",
+        "x" * 500,
+    ]
     name = send(server, "EMC", 500, histograms(tmp_path / "crafted.root", names, CRAFTED), run=300009)
     page = tab.open(f"#file={name}")
     assert set(tab.draw_all().values()) == {"drawn"}
@@ -428,7 +438,9 @@ def test_crafted_reason_stays_text(tab: Tab, server: Server) -> None:
     assert page.locator("img").count() == 0
 
 
-@pytest.mark.parametrize("fragment", ["#run=..%2F..%2Fx", "#file=..%2F..%2Fhealth", "#file=%3Cimg%20src=x%3E", "#nonsense"])
+@pytest.mark.parametrize(
+    "fragment", ["#run=..%2F..%2Fx", "#file=..%2F..%2Fhealth", "#file=%3Cimg%20src=x%3E", "#nonsense"]
+)
 def test_crafted_addresses_are_harmless(tab: Tab, fragment: str) -> None:
     page = tab.open(fragment)
     expect(page.get_by_role("heading", level=1)).to_be_visible()
@@ -442,7 +454,14 @@ def test_only_the_page_is_given_out(server: Server) -> None:
     assert "default-src 'none'" in policy and "script-src 'self';" in policy and "frame-ancestors 'none'" in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
-    for path in ("../receiver.py", "..%2freceiver.py", "%2e%2e/setup.cfg", "page.js/../../receiver.py", "base/../../x", ""):
+    for path in (
+        "../receiver.py",
+        "..%2freceiver.py",
+        "%2e%2e/setup.cfg",
+        "page.js/../../receiver.py",
+        "base/../../x",
+        "",
+    ):
         body = curl(f"{server.url}/view/{path}", "--path-as-is", headers={}).body
         assert b"import" not in body and b"[metadata]" not in body
 

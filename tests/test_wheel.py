@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import DATA, HISTOGRAMS, PROJECT, Server, curl, post, settings
 
-MODULES = {"receiver.py", "storage.py", "rootcheck.py"}
+CHECKER = ("free_list", "inflate", "object_names", "root_keys", "second_reader", "streamer_info")
+MODULES = {"receiver.py", "storage.py", "rootcheck.py"} | {f"{name}.py" for name in CHECKER}
 SHARED = {
     "openapi.yaml",
     "gunicorn.conf.py",
