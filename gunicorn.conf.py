@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import encodings.idna  # noqa: F401  Werkzeug loads it later, when --user may be one that cannot read Python's folder
 import logging
 import os
 import resource
@@ -93,4 +94,4 @@ def post_worker_init(worker: Any) -> None:
 def child_exit(server: Any, worker: Any) -> None:
     from prometheus_client import multiprocess
 
-    multiprocess.mark_process_dead(worker.pid)
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]

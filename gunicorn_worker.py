@@ -82,6 +82,8 @@ class AnswerSocket(socket.socket):
 
     def __init__(self, accepted: socket.socket) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(RATE_WINDOW), 0))
         self.unsent: deque[bytearray | list[int]] = deque()  # bytes, and files as [descriptor, offset, count]
         self.moved = 0  # bytes sent, or received and discarded
         self.discard_limit = DISCARD_BYTES
@@ -268,23 +270,23 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        application = self.wsgi
+        application: Callable[..., Iterable[bytes]] = self.app.wsgi()
 
         def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             connection = environ["gunicorn.socket"]
             connection.discard_limit = DISCARD_BYTES
             environ["dqm_receiver.discard"] = connection.allow_discard
-            return cast(Iterable[bytes], application(environ, start_response))
+            forwarded = environ.get("HTTP_X_FORWARDED_FOR")
+            if forwarded and environ["REMOTE_ADDR"] in self.cfg.forwarded_allow_ips:  # a proxy of ours: see nginx.conf
+                environ["REMOTE_ADDR"] = forwarded.rpartition(",")[2].strip()
+            return application(environ, start_response)
 
         self.wsgi = wsgi
 
     def run(self) -> None:
-        for listener in self.sockets:  # accepted connections inherit both
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(RATE_WINDOW), 0))
         # Files for the uploads: a name and a temporary file each, and their folders.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 4 * self.cfg.threads
-        self.worker_connections = max(min(self.worker_connections, files), SPARE)
+        self.worker_connections = max(min(self.cfg.worker_connections, files), SPARE)
         super().run()
 
     # --- in the event loop -------------------------------------------------------------------------------------------
@@ -313,11 +315,15 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         for conn in heapq.nsmallest(SPARE, self.waiting, key=lambda conn: conn.deadline):
             self.end(conn)
 
-    def wait(self, conn: Connection, events: int, callback: Callable[..., None], seconds: float) -> None:
+    def wait(self, conn: Connection, events: int, callback: Callable[[Connection], None], seconds: float) -> None:
         conn.deadline = time.monotonic() + seconds
         conn.window, conn.moved_before = 0.0, conn.sock.moved
         self.waiting.add(conn)
-        self.poller.register(conn.sock, events, partial(callback, conn))
+        self.poller.register(conn.sock, events, partial(self.on_event, conn, callback))
+
+    def on_event(self, conn: Connection, callback: Callable[[Connection], None], _sock: object) -> None:
+        if conn in self.waiting:  # another event may have ended it meanwhile
+            callback(conn)
 
     def stop_waiting(self, conn: Connection) -> None:
         self.waiting.discard(conn)
@@ -329,7 +335,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         self.nr_conns -= 1
         conn.close()
 
-    def await_head(self, conn: Connection, seconds: float) -> None:
+    def await_head(self, conn: Connection, seconds: float = HEAD_TIMEOUT) -> None:
         """Give a connection to a thread once its head is complete."""
         idle = not conn.head
         try:
@@ -337,16 +343,13 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
                 self.stop_waiting(conn)
                 self.enqueue_req(conn)
             elif conn not in self.waiting:
-                self.wait(conn, EVENT_READ, self.on_head, HEAD_TIMEOUT if conn.head else seconds)
-            elif idle and conn.parser.req_count:
+                self.wait(conn, EVENT_READ, self.await_head, HEAD_TIMEOUT if conn.head else seconds)
+            elif idle and conn.head and conn.parser.req_count:
                 conn.deadline = time.monotonic() + HEAD_TIMEOUT
         except LimitRequestHeaders as error:
             self.refuse(conn, error)
         except (OSError, EOFError):
             self.end(conn)
-
-    def on_head(self, conn: Connection, _sock: object) -> None:
-        self.await_head(conn, HEAD_TIMEOUT)
 
     def enqueue_req(self, conn: Connection) -> None:
         self.running += 1
@@ -368,7 +371,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         else:
             self.discard_rest(conn)
 
-    def on_writable(self, conn: Connection, _sock: object) -> None:
+    def on_writable(self, conn: Connection) -> None:
         self.stop_waiting(conn)
         self.enqueue_req(conn)  # in a thread, because a file may have to come from the disk
 
@@ -386,7 +389,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         if not self.alive:
             self.end(conn)
 
-    def on_rest(self, conn: Connection, _sock: object) -> None:
+    def on_rest(self, conn: Connection) -> None:
         try:
             size = conn.sock.recv_into(self.bin, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -498,15 +501,14 @@ def metrics_folder() -> str:
             file.unlink(missing_ok=True)
         return folder
     base = Path("/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else tempfile.gettempdir())
-    for old in base.glob(f"{METRICS_PREFIX}[0-9]*-*"):  # of masters that were killed
-        if (
-            old.lstat().st_uid == os.geteuid()
-            and not Path("/proc", old.name[len(METRICS_PREFIX) :].split("-")[0]).exists()
-        ):
-            shutil.rmtree(old, ignore_errors=True)
     master = os.getpid()
-    folder = tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}{master}-", dir=base)
-    atexit.register(lambda: os.getpid() == master and shutil.rmtree(folder, ignore_errors=True))  # not in the workers
+    folder = tempfile.mkdtemp(prefix=METRICS_PREFIX, dir=base)
+
+    def remove() -> None:
+        if os.getpid() == master:  # the workers end, too
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return folder
 
 

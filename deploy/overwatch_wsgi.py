@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+from pathlib import Path
 
 # Where the processes' metrics meet, see uwsgi.ini: prometheus_client looks for it when it is imported.
 os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", "/run/overwatch/metrics")
@@ -20,5 +22,22 @@ logging.getLogger("dqm_receiver").setLevel(logging.INFO)
 # What a process that ends says of the present moment is no longer true.
 uwsgi.atexit = lambda: multiprocess.mark_process_dead(os.getpid())
 
-app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {"/dqm": receiver.create_app()})
+# There from the first start of a process on; uwsgi.ini empties the folder.
+SERVED = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], "served")
+
+
+def create_receiver() -> receiver.Receiver:
+    """Return the receiver; with a mistake in the token file a reload waits here, and the other processes go on."""
+    while True:
+        try:
+            return receiver.create_app()
+        except receiver.ConfigurationError as error:
+            if not SERVED.exists():
+                raise  # no start with a mistake
+            logging.getLogger("dqm_receiver").error("the reload waits until this is mended: %s", error)
+            time.sleep(2)
+
+
+app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {"/dqm": create_receiver()})
+SERVED.touch()
 application = app

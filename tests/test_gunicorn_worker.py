@@ -148,8 +148,14 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that gives up after a second."""
-    times = {"HEAD_TIMEOUT": 1, "RATE_WINDOW": 1, "ANSWER_TIMEOUT": 1, "DISCARD_TIMEOUT": 1, "LINGER": 0.5}
-    worker = Worker(tmp_path_factory.mktemp("hasty"), **times)
+    times: dict[str, float] = {
+        "HEAD_TIMEOUT": 1,
+        "RATE_WINDOW": 1,
+        "ANSWER_TIMEOUT": 1,
+        "DISCARD_TIMEOUT": 1,
+        "LINGER": 0.5,
+    }
+    worker = Worker(tmp_path_factory.mktemp("hasty"), "", **times)
     yield worker
     worker.process.kill()
     worker.process.wait()

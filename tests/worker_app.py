@@ -29,7 +29,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
     elif path == "/large":
         answer = content(size)
     if path == "/file":
-        file = cast(BinaryIO, tempfile.TemporaryFile())
+        file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  the server closes it
         file.write(b"before" + content(size))
         file.seek(len(b"before"))
         start_response(status, [("Content-Length", str(size))])
