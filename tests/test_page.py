@@ -258,9 +258,12 @@ def test_refreshes_every_five_seconds_while_visible(tab: Tab) -> None:
     tab.open(f"#run={RUN}&part=uploads")
     expect(page.get_by_text("Live")).to_be_visible()
     for path in ("**/rest/api/runs?*", f"**/rest/api/runs/{RUN}", f"**/rest/api/runs/{RUN}/receipts?*"):
-        with page.expect_response(path) as response:
-            page.clock.fast_forward(5_100)
-        assert response.value.status == 304
+        statuses = []
+        while 304 not in statuses:  # each worker may list a new run a second late
+            with page.expect_response(path) as response:
+                page.clock.fast_forward(5_100)
+            statuses.append(response.value.status)
+            assert len(statuses) < 20
     page.evaluate("window.isHidden = true")
     tab.refresh()  # it sees that it is hidden
     page.wait_for_load_state("networkidle")
@@ -479,32 +482,38 @@ def long_names(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("long_names")
-@pytest.mark.parametrize("width", [320, 380, 900, 1100])
-def test_nothing_scrolls_sideways(tab: Tab, width: int) -> None:
-    tab.page.set_viewport_size({"width": width, "height": 800})
-    for view in VIEWS:
-        page = tab.open(view)
-        expect(page.locator("tbody tr, figure[data-state=drawn]").first).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+@pytest.mark.parametrize("view", VIEWS)
+def test_nothing_scrolls_sideways(tab: Tab, view: str) -> None:
+    page = tab.open(view)
+    expect(page.locator("tbody tr, figure[data-state=drawn]").first).to_be_visible()
+    for width in (320, 380, 860, 900, 1100):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.usefixtures("long_names")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_is_accessible(chromium: Chromium, server: Server, scheme: str) -> None:
-    axe = (npm_package(AXE) / "axe.min.js").read_text()
-    check = "tags => axe.run({ exclude: '.drawing svg' }, { runOnly: tags })"  # drawings are images with a label
-    tab = Tab(chromium, f"{server.url}/view/", color_scheme=scheme)
-    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
-    tab.open()
-    tab.page.evaluate(axe)
-    for view in VIEWS:
-        page = tab.open(view)
-        expect(page.locator("tbody tr, figure[data-state=drawn]").first).to_be_visible()
-        found = page.evaluate(check, tags)
-        assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]] == [], view
-    page.get_by_role("button", name="Forget the token").click()
-    assert page.evaluate(check, tags)["violations"] == []
+@pytest.mark.parametrize("view", VIEWS)
+def test_page_is_accessible(tab: Tab, view: str) -> None:
+    page = tab.open(view)
+    expect(page.locator("tbody tr, figure[data-state=drawn]").first).to_be_visible()
+    tags = {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+    assert inaccessible(page, tags) == []
+    page.emulate_media(color_scheme="dark")
+    assert inaccessible(page, {"type": "rule", "values": ["color-contrast"]}) == []
+
+
+def test_token_form_is_accessible(chromium: Chromium, server: Server) -> None:
+    tab = Tab(chromium, f"{server.url}/view/", token=None)
+    assert inaccessible(tab.open(), {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21aa"]}) == []
     tab.close()
+
+
+def inaccessible(page: Page, rules: dict[str, Any]) -> list[str]:
+    """Return what axe-core finds against these rules; of a drawing it sees the label, as it is an image."""
+    if not page.evaluate("typeof axe === 'object'"):
+        page.evaluate((npm_package(AXE) / "axe.min.js").read_text())
+    found = page.evaluate("rules => axe.run({ exclude: '.drawing svg' }, { runOnly: rules })", rules)
+    return [f"{rule['id']}: {node['html']}" for rule in found["violations"] for node in rule["nodes"]]
 
 
 def test_keyboard_reaches_what_links_say(tab: Tab) -> None:
