@@ -593,9 +593,10 @@ def escape(text: str) -> str:
     """Return a text in which nothing can move the cursor or turn the direction of writing: for terminals and logs."""
     if text.isascii() and text.isprintable():
         return text
-    unsafe = {letter for letter in text if unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")}
+    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
     return "".join(
-        letter.encode("ascii", "backslashreplace").decode() if letter in unsafe else letter for letter in text
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in unsafe else letter
+        for letter in text
     )
 
 

@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import NamedTuple
 import cramjam
 import pytest
 import xxhash
+from hostile_streams import zstd_of_short_sequences
 from rootfiles import COMPRESS, File, block, one_object, tnamed, versioned
+
+import inflate
+from rootcheck import InvalidRootFile, check_root_file
 
 PROJECT = Path(__file__).parent.parent
 # Of processor time, as other processes share the machine the tests run on, where the loop below takes no more than UNIT.
@@ -283,6 +288,25 @@ def test_zstd_with_a_giant_window(window: int, check: Callable[..., Answer]) -> 
     size = 1 << 23
     one = block(b"ZS", 1, zstd_bomb(size, window), size)
     assert (check(one_object(one * 4, size * 4, b"TH1F")).reason is None) == (window == 0x88)
+
+
+def test_zstd_of_short_sequences_is_refused_in_time(tmp_path: Path) -> None:
+    """A valid file of 0.2 MB that inflates to 2 GB, ten times as slowly as others, stays within its budget."""
+    size = BLOCK - 1000
+    one = block(b"ZS", 1, zstd_of_short_sequences(size), size)
+    assert bytes(cramjam.zstd.decompress(one[9:])) == bytes(size)
+    file = File()
+    for number in range(2):
+        file.add(b"TH1F", b"h%d" % number, one * 63, object_size=63 * size)
+    path = write(tmp_path / "hostile.root", file.close())
+    before = time.thread_time()
+    try:
+        check_root_file(path)
+    except InvalidRootFile as refusal:
+        assert "takes longer" in str(refusal)
+    inflated = 2 * 63 * size
+    most = inflate.MIN_SECONDS + path.stat().st_size / inflate.BYTES_PER_SECOND + inflated / inflate.INFLATED_PER_SECOND
+    assert time.thread_time() - before < most + 0.5  # a block may be under way
 
 
 # --- keys and directories ----------------------------------------------------------------------------------------------

@@ -1423,6 +1423,14 @@ def test_name_of_a_key(stored: bytes, name: str, check: Check) -> None:
     assert check(file.close()) == {name: RootObject(name, "TStruct")}
 
 
+def test_keys_that_differ_in_undecodable_bytes(check: Check) -> None:
+    """The escape of one is what the other spells out."""
+    file = File()
+    for name in b"a\xff", b"a\xfe", rb"a\xff", b"a\xff\xfe":
+        file.add(b"TNamed", name, tnamed(name))
+    assert sorted(check(file.close())) == [r"a\xfe", r"a\xff", r"a\xff (2)", r"a\xff\xfe"]
+
+
 def test_undecodable_class(check: Check) -> None:
     file = File()
     file.add(b"T\xff", b"h")
@@ -1605,6 +1613,17 @@ def test_terminal_says_why_files_are_invalid(tmp_path: Path) -> None:
     assert lines[0] == f"{invalid}: invalid: the file is empty"
     assert lines[1] == f"{valid}: valid, 2 objects"
     assert lines[4:] == [f"{missing}: No such file or directory"]
+
+
+def test_terminal_escapes_control_and_bidirectional_characters(tmp_path: Path) -> None:
+    file = File()
+    file.add(b"TNamed", "\x1b[2J\u202etxt\n é".encode(), tnamed(b"\r"))
+    path = tmp_path / "\x1b]0;title.root"
+    path.write_bytes(file.close())
+    status, lines, _ = terminal(path)
+    assert (status, len(lines)) == (0, 2)
+    assert lines[1] == r"  \x1b[2J\u202etxt\n é: Obj name: \r, Obj IsA() Name: TNamed"
+    assert lines[0].startswith(str(tmp_path)) and r"\x1b]0;title.root: valid, 1 objects" in lines[0]
 
 
 def test_terminal_without_files() -> None:

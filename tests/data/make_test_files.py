@@ -341,6 +341,35 @@ def renamed(file: Any) -> None:
     file.WriteTObject(ROOT.TNamed("", "without a name"), "key_only")
 
 
+def rename_keys(file: Any) -> None:
+    """Give keys new names and titles; the records keep the old ones, behind which the key list has the new."""
+    directory = file.GetDirectory("directory")
+    for folder, name, new, title in (
+        (file, "shorter", "s", "an unchanged title"),
+        (file, "longer", "a name longer than before", ""),
+        (file, "equal", "laqeu", "another title, which is longer"),
+        (file, "directory", "a renamed directory", ""),
+        (directory, "inside", "i", "x" * 300),
+    ):
+        key = folder.GetKey(name)
+        key.SetName(new)
+        key.SetTitle(title)
+    directory.SaveSelf(True)
+
+
+@by_hand
+def renamed_keys(path: Path) -> None:
+    """Before the first Close, and in a later session."""
+    for mode in "RECREATE", "UPDATE":
+        file = open_file(path, mode)
+        for name in ("shorter", "longer", "equal", "last"):
+            file.WriteTObject(ROOT.TNamed(name, "an unchanged title"))
+        directory = file.mkdir("directory", "a directory")
+        directory.WriteTObject(h1("inside"))
+        rename_keys(file)
+        file.Close()
+
+
 @by_hand
 def deleted(path: Path) -> None:
     """Gaps: one reused in part, one whole, one at the end."""
