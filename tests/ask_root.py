@@ -49,6 +49,7 @@ std::string HexClass(TKey *key) { return Hex(key->GetClassName()); }
 std::string OwnName(TKey *key) {
     TClass *type = TClass::GetClass(key->GetClassName());
     if (!type || !type->IsTObject()) return "";  // ReadObj would hand out a pointer to something else
+    if (!type->IsLoaded()) return "";  // a class without code here: what ROOT makes of it has another GetName
     TObject *object = key->ReadObj();
     return object ? "=" + Hex(object->GetName()) : "";
 }
