@@ -53,12 +53,17 @@ std::string OwnName(TKey *key) {
     TObject *object = key->ReadObj();
     return object ? "=" + Hex(object->GetName()) : "";
 }
-void WarmUp() {
+void WarmUp(const char *path) {
     SetErrorHandler(DefaultErrorHandler);  // Python's own turns warnings into Python's
     for (auto library : {"libHist", "libTree", "libGraf", "libGpad", "libMatrix", "libPhysics", "libRooFit"})
         gSystem->Load(library);
-    for (auto name : {"TH1F", "TH2F", "TProfile", "TGraphErrors", "TCanvas", "TTree", "TEfficiency", "TPaveText"})
-        TClass::GetClass(name)->GetStreamerInfo();
+    TFile file(path, "RECREATE");
+    for (auto name : {"TH1F", "TH2F", "TProfile", "TGraphErrors", "TTree", "TObjArray", "TObjString", "TNamed", "TPaveText"}) {
+        TClass *type = TClass::GetClass(name);
+        TObject *object = (TObject *)type->New();
+        file.WriteTObject(object, name);
+    }
+    file.mkdir("directory");
 }
 """
 
@@ -173,13 +178,23 @@ def describe(path: str) -> dict[str, Any]:
     return answer
 
 
+def warm_up() -> None:
+    """Have ROOT load and compile once what each child needs, which takes longer than to read a small file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "warm.root")
+        ROOT.WarmUp(path)
+        for lines in (list_keys(path), read_objects(path, 0)):
+            for _ in lines:
+                pass
+
+
 def main() -> None:
     ROOT.gROOT.SetBatch(True)
     ROOT.gSystem.ResetSignals()  # no stack trace of every crash
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not ROOT.gInterpreter.Declare(READER):
         raise RuntimeError("ROOT refuses the code that reads its names")
-    ROOT.WarmUp()  # once, and not in each child
+    warm_up()
     for line in sys.stdin:
         print(json.dumps(describe(line.rstrip("\n"))), flush=True)
 
