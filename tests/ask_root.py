@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 warnings.filterwarnings("ignore", message="\\s*This distribution of ROOT is in alpha stage")
@@ -126,8 +127,9 @@ def newest_keys(file: Any) -> dict[str, Any]:
 
 def list_keys(path: str) -> Iterator[str]:
     """Yield what became of the file, then for each key its name and class."""
-    file = ROOT.TFile(path)
-    if file.IsZombie():
+    try:
+        file = ROOT.TFile(path)
+    except OSError:  # what Python makes of a zombie
         yield "zombie"
         return
     keys = newest_keys(file)
@@ -150,7 +152,7 @@ def unhex(text: str) -> str:
 def own_names(path: str, number: int) -> list[str]:
     names: list[str] = []
     while len(names) < number:
-        more, _, how = in_child(lambda: read_objects(path, len(names)))
+        more, _, how = in_child(partial(read_objects, path, len(names)))
         names += more
         if how != "ended" and len(names) < number:
             names.append("")  # ROOT crashed on this one
@@ -161,7 +163,7 @@ def own_names(path: str, number: int) -> list[str]:
 
 def describe(path: str) -> dict[str, Any]:
     """Return what ROOT says of a file."""
-    lines, messages, how = in_child(lambda: list_keys(path))
+    lines, messages, how = in_child(partial(list_keys, path))
     messages = "\n".join(line for line in messages.splitlines() if line.strip() and not IGNORED.match(line))
     answer: dict[str, Any] = {"status": "complains", "messages": messages[:2000], "objects": {}}
     if how != "ended" or not lines:

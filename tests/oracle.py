@@ -64,7 +64,14 @@ class Explained(NamedTuple):
 
 
 EXPLAINED = (
-    Explained("refused", "*", "*uproot 3*", "uproot 3's records cannot be walked; the reason names it"),
+    Explained("refused", "*", "*uproot 3*", "uproot 3's records cannot be walked one after another; the reason says so"),
+    Explained("accepted", "*", "complains: Warning in <TFile::Init>: no StreamerInfo found*", "ROOT says only that it knows "
+              "no older versions of the classes"),
+    Explained("refused", "header/*", "*free segments*", "the header contradicts the list of free segments"),
+    Explained("refused", "header/*", "*streamer info at byte*the header says*", "the header contradicts the streamer info"),
+    Explained("refused", "header/*no_free_list*", "*", "the header names no list of free segments, and there is one"),
+    Explained("refused", "geant4/variant-free_segments_7*", "*", "the header contradicts the list of free segments"),
+    Explained("refused", "geant4/variant-inner_cycle_3*", "*", "no writer gives these keys a cycle but 0 and 1"),
 )  # fmt: skip
 
 
@@ -79,7 +86,8 @@ def ask_root(python: str, paths: Sequence[Path]) -> list[dict[str, Any] | None]:
     def ask(numbers: list[int]) -> None:
         while numbers:
             lines = "".join(f"{paths[number]}\n" for number in numbers)
-            run = subprocess.run([python, ASK_ROOT], input=lines, capture_output=True, text=True, timeout=SECONDS)
+            command = [python, str(ASK_ROOT)]
+            run = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=SECONDS, check=False)
             given = run.stdout.split("\n")[:-1]
             for number, line in zip(numbers, given, strict=False):
                 answers[number] = json.loads(line)
@@ -193,8 +201,12 @@ class Report:
 
     def table(self) -> str:
         """Return a Markdown table of the writers."""
-        explained = Counter(str(Path(path).parent) for path in {d.path for d in self.differences} - {d.path for d in self.unexplained})
-        lines = ["| files of | files | valid for ROOT | agree | differ, explained | differ |", "|---|---|---|---|---|---|"]
+        only_explained = {found.path for found in self.differences} - {found.path for found in self.unexplained}
+        explained = Counter(str(Path(path).parent) for path in only_explained)
+        lines = [
+            "| files of | files | valid for ROOT | agree | differ, explained | differ |",
+            "|---|---|---|---|---|---|",
+        ]
         for writer in sorted(self.files):
             differ = self.files[writer] - self.agree[writer] - explained[writer]
             counts = (self.files[writer], self.valid[writer], self.agree[writer], explained[writer], differ)

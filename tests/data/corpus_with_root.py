@@ -69,7 +69,9 @@ def hn_all(file: Any) -> None:
 @content
 def graphs_rare(file: Any) -> None:
     x, e = Vector([1, 2, 3]), Vector([0.1, 0.1, 0.1])
-    multi = ROOT.TGraphMultiErrors("own multi errors", "", 3, x.data(), x.data(), e.data(), e.data(), e.data(), e.data())
+    multi = ROOT.TGraphMultiErrors(
+        "own multi errors", "", 3, x.data(), x.data(), e.data(), e.data(), e.data(), e.data()
+    )
     put(file, multi=multi, scatter=ROOT.TScatter(3, x.data(), x.data(), x.data(), x.data()))
     put(file, errors2=ROOT.TGraph2DErrors(3), asymmetric2=ROOT.TGraph2DAsymmErrors(3))
     put(file, polar=ROOT.TGraphPolar(3, x.data(), x.data(), e.data(), e.data()))
@@ -163,7 +165,12 @@ def roofit(file: Any) -> None:
 
 @content
 def mathematics(file: Any) -> None:
-    put(file, cholesky=ROOT.TMatrixDSym(3), formula=ROOT.TFormula("own formula", "sin(x)+[0]"), f12=ROOT.TF1("f12", "sin(x)"))
+    put(
+        file,
+        cholesky=ROOT.TMatrixDSym(3),
+        formula=ROOT.TFormula("own formula", "sin(x)+[0]"),
+        f12=ROOT.TF1("f12", "sin(x)"),
+    )
     put(file, quantity=ROOT.TParameter["int"]("own quantity", 3), erf=ROOT.TF1("erf", "TMath::Erf(x)"))
     put(file, s=ROOT.Math.SMatrix["double", 2, 2](), p=ROOT.Math.XYZVector(1, 2, 3), complex=ROOT.TComplex(1, 2))
     put(file, quaternion=ROOT.TQuaternion(1, 2, 3, 4), rotation=ROOT.Math.Rotation3D())
@@ -296,9 +303,21 @@ def tree_big_events(file: Any) -> None:
 @content
 def rntuple_fields(file: Any) -> None:
     model = ROOT.RNTupleModel.Create()
-    types = ("int", "double", "std::string", "bool", "std::vector<float>", "std::vector<std::vector<int>>",
-             "std::array<double, 3>", "std::pair<int, float>", "std::variant<int, float>", "std::optional<int>", "std::set<int>",
-             "std::map<std::string, int>", "std::bitset<12>")
+    types = (
+        "int",
+        "double",
+        "std::string",
+        "bool",
+        "std::vector<float>",
+        "std::vector<std::vector<int>>",
+        "std::array<double, 3>",
+        "std::pair<int, float>",
+        "std::variant<int, float>",
+        "std::optional<int>",
+        "std::set<int>",
+        "std::map<std::string, int>",
+        "std::bitset<12>",
+    )
     for number, name in enumerate(types):
         model.AddField(ROOT.RFieldBase.Create(f"f{number}", name).Unwrap())
     with ROOT.RNTupleWriter.Append(model, "many_fields", file) as writer:
@@ -316,11 +335,6 @@ def rntuple_several(file: Any) -> None:
         model.MakeField["float"]("x")
         with ROOT.RNTupleWriter.Append(model, name, file):
             pass
-    directory = file.mkdir("inside")
-    model = ROOT.RNTupleModel.Create()
-    model.MakeField["std::string"]("text")
-    with ROOT.RNTupleWriter.Append(model, "three", directory):
-        pass
 
 
 @content
@@ -499,8 +513,25 @@ HADD = {
     "fk": ["-fk"], "ff": ["-ff"], "optimized": ["-O"], "skip": ["-k"], "two_at_once": ["-n", "2"], "parallel": ["-j", "2"],
     "cache": ["-cachesize", "1M"],
 }  # fmt: skip
-MERGED = ("h1_all", "h2_all", "profiles", "named_graphs", "tree", "tree_branches", "directories", "alice_objarrays", "rntuple",
-          "cycles", "names", "efficiencies", "classes_in_tree", "hn", "custom_from_tnamed", "many_deleted", "stl_keys")
+MERGED = (
+    "h1_all",
+    "h2_all",
+    "profiles",
+    "named_graphs",
+    "tree",
+    "tree_branches",
+    "directories",
+    "alice_objarrays",
+    "rntuple",
+    "cycles",
+    "names",
+    "efficiencies",
+    "classes_in_tree",
+    "hn",
+    "custom_from_tnamed",
+    "many_deleted",
+    "stl_keys",
+)
 
 
 def run(*command: str | Path) -> None:
@@ -626,14 +657,16 @@ def write_changes(corpus: Corpus, names: list[str]) -> None:
         chosen = [CHANGES[number % len(CHANGES)], CHANGES[(number + 3) % len(CHANGES)]]
         for apply in chosen:
             corpus.write("root-update", f"{name}-{apply.__name__}",
-                         lambda path, apply=apply: change(path, [apply], [codecs[number % 6]]), source)  # fmt: skip
+                         lambda path, apply=apply, number=number: change(path, [apply], [codecs[number % 6]]), source)  # fmt: skip
         corpus.write("root-update", f"{name}-seven_sessions",
-                     lambda path: change(path, list(CHANGES), [codecs[(number + i) % 6] for i in range(7)]), source)  # fmt: skip
+                     lambda path, number=number: change(path, list(CHANGES), [codecs[(number + i) % 6] for i in range(7)]), source)  # fmt: skip
 
 
 def write_renamed(corpus: Corpus) -> None:
     for how, function in renamings().items():
-        corpus.write("root-renamed", f"before_close-{how}", lambda path, function=function: rename_before_close(path, function))
+        corpus.write(
+            "root-renamed", f"before_close-{how}", lambda path, function=function: rename_before_close(path, function)
+        )
         for name, where in itertools.product(("h2_all", "h1_labelled_axis", "directories", "tree", "named_canvas", "alice_objarrays"),
                                              ("top", "directory", "inside", "all")):  # fmt: skip
             if where in ("directory", "inside") and name != "directories":
@@ -650,12 +683,20 @@ def write_merged(corpus: Corpus) -> None:
     for number, name in enumerate(MERGED):
         for mode, options in list(HADD.items())[number % 3 :: 3] if number else HADD.items():
             corpus.write("root-merged", f"hadd-{mode}-{name}",
-                         lambda path, options=options: hadd(path, options, source(name), source(name)))  # fmt: skip
+                         lambda path, options=options, name=name: hadd(path, options, source(name), source(name)))  # fmt: skip
         corpus.write("root-merged", f"hadd-append-{name}",
-                     lambda path: hadd(path, ["-a"], source(name), source("h1_all")), source("profiles"))  # fmt: skip
-        corpus.write("root-merged", f"merger-{name}", lambda path: merge_in_memory(path, [source(name)] * 2, False))
-        corpus.write("root-merged", f"incremental-{name}", lambda path: merge_in_memory(path, [source(name)] * 3, True))
-        corpus.write("root-merged", f"cp-{name}", lambda path: ROOT.TFile.Cp(str(source(name)), str(path), False))
+                     lambda path, name=name: hadd(path, ["-a"], source(name), source("h1_all")), source("profiles"))  # fmt: skip
+        corpus.write(
+            "root-merged", f"merger-{name}", lambda path, name=name: merge_in_memory(path, [source(name)] * 2, False)
+        )
+        corpus.write(
+            "root-merged",
+            f"incremental-{name}",
+            lambda path, name=name: merge_in_memory(path, [source(name)] * 3, True),
+        )
+        corpus.write(
+            "root-merged", f"cp-{name}", lambda path, name=name: ROOT.TFile.Cp(str(source(name)), str(path), False)
+        )
     corpus.write("root-merged", "memory_file-copy", copy_memory_file)
     corpus.write("root-merged", "memory_file-cp", copy_memory_file)
     corpus.write("root-merged", "buffer_merger", buffer_merger)
@@ -663,7 +704,11 @@ def write_merged(corpus: Corpus) -> None:
     corpus.write("root-merged", "snapshot", lambda path: snapshot(path, source("tree")))
     for name in ("tree", "tree_branches", "tree_autosaved"):
         for option in ("", "fast", "SortBasketsByEntry,fast"):
-            corpus.write("root-merged", f"clone-{name}-{option or 'slow'}", lambda path, option=option: clone_tree(path, source(name), option))
+            corpus.write(
+                "root-merged",
+                f"clone-{name}-{option or 'slow'}",
+                lambda path, option=option, name=name: clone_tree(path, source(name), option),
+            )
     for version in (1, 2, 3):
         corpus.write("root-merged", f"schema-{version}", lambda path, version=version: schema(path, version))
 
@@ -672,7 +717,16 @@ def warm_up() -> None:
     """Have ROOT compile once what Python calls, and not in each process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "warm.root")
-        for name in ("h1_all", "h2_all", "directories", "alice_objarrays", "tree", "profiles", "named_graphs", "updated"):
+        for name in (
+            "h1_all",
+            "h2_all",
+            "directories",
+            "alice_objarrays",
+            "tree",
+            "profiles",
+            "named_graphs",
+            "updated",
+        ):
             make_test_files.WRITERS[f"{name}.root"](path)
         change(path, list(CHANGES), [101] * len(CHANGES))
 
@@ -688,7 +742,9 @@ def main(folder: Path) -> None:
     write_changes(corpus, names)
     write_renamed(corpus)
     write_merged(corpus)
-    print(f"CERN ROOT {ROOT.gROOT.GetVersion()}: {corpus.written} files written; not: {', '.join(corpus.failed) or 'none'}")
+    print(
+        f"CERN ROOT {ROOT.gROOT.GetVersion()}: {corpus.written} files written; not: {', '.join(corpus.failed) or 'none'}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ Usage: python corpus_with_uproot.py FOLDER    (in a Python that has uproot 4.1 o
 Runs on Python 3.8, on which uproot 3 and 4 run.
 """
 
+from __future__ import annotations
+
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: UP035  Python 3.8
+from typing import Any, Callable  # noqa: UP035  Python 3.8 needs this one
 
 import numpy as np
 
 try:
     import uproot
 except ImportError:
-    import uproot3 as uproot  # the name of uproot 3.14 beside uproot 4
+    import uproot3 as uproot  # type: ignore[import-not-found,unused-ignore]  # uproot 3.14's name
 
 VERSION = ".".join(uproot.__version__.split(".")[:2])
 RELEASE = tuple(int(part) for part in VERSION.split("."))
@@ -29,7 +31,7 @@ def histogram(bins: int = 10, seed: int = 1) -> Any:
     return np.histogram(np.random.RandomState(seed).normal(size=100), bins=bins)
 
 
-def compressions() -> Dict[str, Any]:
+def compressions() -> dict[str, Any]:
     algorithms = {"none": None, "zlib": uproot.ZLIB(4), "lzma": uproot.LZMA(5), "lz4": uproot.LZ4(4)}
     if RELEASE >= (4, 1):
         algorithms["zstd"] = uproot.ZSTD(5)
@@ -88,7 +90,7 @@ def trees(file: Any) -> None:
 
 
 def jagged(file: Any) -> None:
-    import awkward
+    import awkward  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     file["jagged"] = {"numbers": awkward.Array([[1.0, 2.0], [], [3.0]]), "n": np.arange(3)}
 
@@ -118,7 +120,9 @@ def rich_histograms(file: Any) -> None:
     axis = identify.to_TAxis("xaxis", "title", 3, 0.0, 3.0, fXbins=edges)
     data = np.array([0.0, 1.0, 2.0, 3.0, 0.0])
     file["h1"] = identify.to_TH1x("own name", "title", data, 6.0, 1.0, 1.0, 1.0, 1.0, data**2, axis)
-    file["list"] = identify.to_TList([identify.to_TObjString("in a list"), identify.to_TObjString("too")], name="own list")
+    file["list"] = identify.to_TList(
+        [identify.to_TObjString("in a list"), identify.to_TObjString("too")], name="own list"
+    )
     file["string"] = identify.to_TObjString("text")
 
 
@@ -129,7 +133,7 @@ def graphs(file: Any) -> None:
 
 
 def rntuple(file: Any) -> None:
-    import awkward
+    import awkward  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     made = file.mkrntuple("ntuple", awkward.Array([{"x": 1.0, "n": [1, 2]}, {"x": 2.0, "n": []}]))
     made.extend(awkward.Array([{"x": 3.0, "n": [5]}]))
@@ -141,7 +145,7 @@ def rntuples(file: Any) -> None:
         file.mkrntuple(f"ntuple{number}", {"x": np.arange(100 * number), "text": np.arange(100.0 * number)})
 
 
-CONTENTS: List[Content] = [
+CONTENTS: list[Content] = [
     one_histogram, histograms, zeros, strings, same_name, directories, many_keys, tree, trees, jagged, vectors, many_baskets,
     deleted, rich_histograms,
 ]  # fmt: skip
@@ -160,7 +164,7 @@ def two_strings(file: Any) -> None:
     file["two"] = "s" * 300
 
 
-UPROOT3_CONTENTS: List[Content] = [one_histogram, histograms, zeros, two_strings, same_name, many_keys, tree_of_uproot3]
+UPROOT3_CONTENTS: list[Content] = [one_histogram, histograms, zeros, two_strings, same_name, many_keys, tree_of_uproot3]
 
 
 # --- changes of files that are there -------------------------------------------------------------------------------------
@@ -201,10 +205,10 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.failed: List[str] = []
+        self.failed: list[str] = []
         self.written = 0
 
-    def write(self, kind: str, name: str, steps: List[Tuple[Any, Content]], source: Optional[Path] = None) -> None:
+    def write(self, kind: str, name: str, steps: list[tuple[Any, Content]], source: Path | None = None) -> None:
         """Write a file in sessions, each of which opens it and fills it; keep none where uproot fails."""
         path = self.folder / kind / f"{name}.root"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,9 @@ def geant4_file(style: Style, name: str) -> bytes:
 
     def fields(own: int, parent: int, name_size: int, key_list: tuple[int, int]) -> bytes:
         wide = ">hIIiiqqq" if style.directory_version > 1000 else ">hIIiiiii"
-        packed = struct.pack(wide, style.directory_version, style.date, style.date, key_list[1], name_size, own, parent, key_list[0])
+        packed = struct.pack(
+            wide, style.directory_version, style.date, style.date, key_list[1], name_size, own, parent, key_list[0]
+        )
         return packed + (b"\0\x01" + bytes(16) if style.uuid else b"")
 
     def list_keys(keys: list[bytes], names: tuple[str, str, str], own: int) -> tuple[int, int]:
@@ -141,7 +143,12 @@ def geant4_file(style: Style, name: str) -> bytes:
     info = (0, 0)
     if style.streamer_info is not None:
         info = len(data), 0
-        record(("TList", "StreamerInfo", ""), style.streamer_info or EMPTY_LIST, style.begin, style.inner_cycle)
+        record(
+            ("TList", "StreamerInfo", "Doubly linked list"),
+            style.streamer_info or EMPTY_LIST,
+            style.begin,
+            style.inner_cycle,
+        )
         info = info[0], len(data) - info[0]
     gap = len(data), len(data)
     if style.gap:
@@ -179,8 +186,10 @@ def geant4_styles(streamer_info: bytes) -> Iterator[tuple[str, Style]]:
                                   (compressed, subdirectory, old, gap, cycle), strict=True)
             if used
         )  # fmt: skip
-        style = Style(compressed=compressed, subdirectory=subdirectory, last_from_begin=old, gap=gap, inner_cycle=int(cycle))
-        yield f"geant4-{name or 'plain'}", style._replace(free_segments=int(cycle))
+        style = Style(
+            compressed=compressed, subdirectory=subdirectory, last_from_begin=old, gap=gap, inner_cycle=int(cycle)
+        )
+        yield f"geant4-{name or 'plain'}", style._replace(free_segments=(1 + gap) * cycle)  # newer releases count them
     base = Style(subdirectory=True)
     for change in (
         {"streamer_info": streamer_info}, {"streamer_info": None}, {"begin": 100}, {"begin": 100, "version": 63200},
@@ -191,7 +200,10 @@ def geant4_styles(streamer_info: bytes) -> Iterator[tuple[str, Style]]:
         {"directory_version": 1005, "begin": 100, "uuid": True}, {"version": 1063200, "begin": 100, "units": 8},
         {"inner_cycle": 3}, {"version": 30201, "key_version": 2, "directory_version": 1, "begin": 64},
     ):  # fmt: skip
-        name = "-".join(f"{field}_{value if isinstance(value, int) else 'real' if value else 'none'}" for field, value in change.items())
+        name = "-".join(
+            f"{field}_{value if isinstance(value, int) else 'real' if value else 'none'}"
+            for field, value in change.items()
+        )
         yield f"variant-{name}", base._replace(**change)
 
 
@@ -205,13 +217,18 @@ def header_variants(data: bytes) -> Iterator[tuple[str, bytes]]:
         ("version_more_negative", 4, ">i", -119937600), ("version_999999", 4, ">i", 999999), ("version_0", 4, ">i", 0),
         ("version_3", 4, ">i", 30000), ("free_segments_0", 24, ">i", 0), ("free_segments_1", 24, ">i", 1), ("free_segments_99", 24, ">i", 99),
         ("free_segments_negative", 24, ">i", -1), ("no_streamer_info", 37, ">ii", None), ("streamer_info_size_0", 41, ">i", 0),
-        ("free_list_size_0", 20, ">i", 0), ("no_free_list", 16, ">ii", None), ("date_0", 106, ">i", 0), ("uuid_0", 45, ">QQ", None),
+        ("free_list_size_0", 20, ">i", 0), ("no_free_list", 16, ">ii", None), ("date_0", 110, ">i", 0), ("uuid_0", 45, ">QQ", None),
     ):  # fmt: skip
         values = [0, 0] if value is None else [value]
         changed = bytearray(data)
         struct.pack_into(form, changed, offset, *values)
         yield name, bytes(changed)
-    for name, offset in (("free_list_larger", 20), ("streamer_info_larger", 41), ("name_size_larger", 28), ("end_larger", 12)):
+    for name, offset in (
+        ("free_list_larger", 20),
+        ("streamer_info_larger", 41),
+        ("name_size_larger", 28),
+        ("end_larger", 12),
+    ):
         for more in (1, 30, 3000):
             changed = bytearray(data)
             struct.pack_into(">i", changed, offset, struct.unpack_from(">i", data, offset)[0] + more)
@@ -247,9 +264,15 @@ FLIPPED = ("h1_all", "canvases", "tree", "custom_two_bases", "stl_keys", "alice_
 
 
 def flipped_files(corpus: Path) -> Iterator[tuple[str, bytes]]:
-    sources = [path for kind in ("none", "zlib", "lzma", "lz4", "zstd", "old") for path in sorted((corpus / f"root-{kind}").glob("*.root"))]
+    sources = [
+        path
+        for kind in ("none", "zlib", "lzma", "lz4", "zstd", "old")
+        for path in sorted((corpus / f"root-{kind}").glob("*.root"))
+    ]
     sources = [path for path in sources if path.stem in FLIPPED]
-    sources += sorted((corpus / "uproot-5.7").glob("histograms-*.root")) + sorted((corpus / "uproot-4.3").glob("one_histogram-*.root"))
+    sources += sorted((corpus / "uproot-5.7").glob("histograms-*.root")) + sorted(
+        (corpus / "uproot-4.3").glob("one_histogram-*.root")
+    )
     sources += [corpus / "geant4" / "variant-streamer_info_real.root"]
     for path in sources:
         data = path.read_bytes()
