@@ -631,7 +631,7 @@ class Corpus:
             if not source.exists():
                 return
             shutil.copyfile(source, path)
-        _, status = in_child(lambda: work(path) and "" or "")
+        _, status = in_child(lambda: str(work(path) or ""))
         if status not in (0, -9) or not path.exists():
             path.unlink(missing_ok=True)
             self.failed.append(f"{kind}/{name} ({status})")
