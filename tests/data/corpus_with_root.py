@@ -8,17 +8,17 @@ Every file is written by a process of its own, in a folder of its kind:
     root-none, root-zlib, ...   half of them in each compression
     root-update     every content, opened again with ROOT's UPDATE and changed in some way
     root-renamed    keys renamed and retitled
-    root-merged     hadd in its modes, TFileMerger, TBufferMerger, TMemFile, fast clones of trees, rootcp, rootmv, rootrm
+    root-merged     hadd in its modes, TFileMerger, TBufferMerger, TMemFile, fast clones of trees
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -449,7 +449,7 @@ def write_tree(file: Any) -> None:
     tree.Write()
 
 
-CHANGES = (add_objects, overwrite_first, delete_first, add_directory, delete_all_but_one, change_nothing, write_tree)
+CHANGES: tuple[Callable[[Any], None], ...] = (add_objects, overwrite_first, delete_first, add_directory, delete_all_but_one, change_nothing, write_tree)
 
 
 def change(path: Path, changes: list[Callable[[Any], None]], compressions: list[int]) -> None:
@@ -513,6 +513,7 @@ HADD = {
     "fk": ["-fk"], "ff": ["-ff"], "optimized": ["-O"], "skip": ["-k"], "two_at_once": ["-n", "2"], "parallel": ["-j", "2"],
     "cache": ["-cachesize", "1M"],
 }  # fmt: skip
+RENAMED = ("h2_all", "h1_labelled_axis", "directories", "tree", "named_canvas", "alice_objarrays")
 MERGED = (
     "h1_all",
     "h2_all",
@@ -534,13 +535,13 @@ MERGED = (
 )
 
 
-def run(*command: str | Path) -> None:
-    subprocess.run([sys.executable, *command] if (PROGRAMS / command[0]).suffix == ".py" else command,
-                   check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS)  # fmt: skip
+def hadd(path: Path, options: list[str], sources: list[Path]) -> None:
+    command = [str(PROGRAMS / "hadd"), *options, str(path), *map(str, sources)]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS)
 
 
-def hadd(target: Path, options: list[str], *sources: Path) -> None:
-    run(PROGRAMS / "hadd", *options, target, *sources)
+def copy_with_root(path: Path, source: Path) -> None:
+    ROOT.TFile.Cp(str(source), str(path), False)
 
 
 def merge_in_memory(path: Path, sources: list[Path], incremental: bool) -> None:
@@ -590,7 +591,7 @@ def snapshot(path: Path, source: Path) -> None:
     ROOT.RDataFrame("events", str(source)).Define("double", "2. * number").Snapshot("snapshot", str(path))
 
 
-def schema(path: Path, version: int) -> None:
+def schema(path: Path, version: int) -> str:
     """A class in one of its versions: merged files hold several."""
     members = "".join(f"int fX{i} = {i}; " for i in range(version))
     declare(f"class Evolving : public TNamed {{ public: {members} std::vector<{'float' if version < 3 else 'double'}> fV; "
@@ -598,14 +599,15 @@ def schema(path: Path, version: int) -> None:
     file = make_test_files.open_file(path)
     put(file, **{f"evolving{version}": ROOT.Evolving()})
     file.Close()
+    return ""
 
 
 def update_schema(path: Path) -> None:
     for version in (1, 2, 3, 4):
         part = path.with_suffix(f".v{version}")
-        in_child(lambda part=part, version=version: schema(part, version) or "")
+        in_child(partial(schema, part, version))
         parts = [path.with_suffix(f".v{number}") for number in range(1, version + 1)]
-    hadd(path, [], *parts)
+    hadd(path, [], parts)
     for part in parts:
         part.unlink(missing_ok=True)
 
@@ -654,63 +656,46 @@ def write_changes(corpus: Corpus, names: list[str]) -> None:
     codecs = list(CODECS.values())
     for number, name in enumerate(names):
         source = corpus.folder / "root" / f"{name}.root"
-        chosen = [CHANGES[number % len(CHANGES)], CHANGES[(number + 3) % len(CHANGES)]]
-        for apply in chosen:
-            corpus.write("root-update", f"{name}-{apply.__name__}",
-                         lambda path, apply=apply, number=number: change(path, [apply], [codecs[number % 6]]), source)  # fmt: skip
-        corpus.write("root-update", f"{name}-seven_sessions",
-                     lambda path, number=number: change(path, list(CHANGES), [codecs[(number + i) % 6] for i in range(7)]), source)  # fmt: skip
+        for apply in (CHANGES[number % len(CHANGES)], CHANGES[(number + 3) % len(CHANGES)]):
+            once = partial(change, changes=[apply], compressions=[codecs[number % 6]])
+            corpus.write("root-update", f"{name}-{apply.__name__}", once, source)
+        compressions = [codecs[(number + session) % 6] for session in range(len(CHANGES))]
+        often = partial(change, changes=list(CHANGES), compressions=compressions)
+        corpus.write("root-update", f"{name}-seven_sessions", often, source)
 
 
 def write_renamed(corpus: Corpus) -> None:
+    places = [(name, where) for name in RENAMED for where in ("top", "all")]
+    places += [("directories", "directory"), ("directories", "inside")]
     for how, function in renamings().items():
-        corpus.write(
-            "root-renamed", f"before_close-{how}", lambda path, function=function: rename_before_close(path, function)
-        )
-        for name, where in itertools.product(("h2_all", "h1_labelled_axis", "directories", "tree", "named_canvas", "alice_objarrays"),
-                                             ("top", "directory", "inside", "all")):  # fmt: skip
-            if where in ("directory", "inside") and name != "directories":
-                continue
-            corpus.write("root-renamed", f"{name}-{where}-{how}",
-                         lambda path, where=where, function=function: rename(path, function, where),
-                         corpus.folder / "root" / f"{name}.root")  # fmt: skip
+        corpus.write("root-renamed", f"before_close-{how}", partial(rename_before_close, how=function))
+        for name, where in places:
+            source = corpus.folder / "root" / f"{name}.root"
+            corpus.write("root-renamed", f"{name}-{where}-{how}", partial(rename, how=function, where=where), source)
 
 
 def write_merged(corpus: Corpus) -> None:
-    def source(name: str) -> Path:
-        return corpus.folder / "root" / f"{name}.root"
-
+    folder, kind = corpus.folder / "root", "root-merged"
     for number, name in enumerate(MERGED):
+        source = folder / f"{name}.root"
         for mode, options in list(HADD.items())[number % 3 :: 3] if number else HADD.items():
-            corpus.write("root-merged", f"hadd-{mode}-{name}",
-                         lambda path, options=options, name=name: hadd(path, options, source(name), source(name)))  # fmt: skip
-        corpus.write("root-merged", f"hadd-append-{name}",
-                     lambda path, name=name: hadd(path, ["-a"], source(name), source("h1_all")), source("profiles"))  # fmt: skip
-        corpus.write(
-            "root-merged", f"merger-{name}", lambda path, name=name: merge_in_memory(path, [source(name)] * 2, False)
-        )
-        corpus.write(
-            "root-merged",
-            f"incremental-{name}",
-            lambda path, name=name: merge_in_memory(path, [source(name)] * 3, True),
-        )
-        corpus.write(
-            "root-merged", f"cp-{name}", lambda path, name=name: ROOT.TFile.Cp(str(source(name)), str(path), False)
-        )
-    corpus.write("root-merged", "memory_file-copy", copy_memory_file)
-    corpus.write("root-merged", "memory_file-cp", copy_memory_file)
-    corpus.write("root-merged", "buffer_merger", buffer_merger)
-    corpus.write("root-merged", "schema_evolution", update_schema)
-    corpus.write("root-merged", "snapshot", lambda path: snapshot(path, source("tree")))
+            corpus.write(kind, f"hadd-{mode}-{name}", partial(hadd, options=options, sources=[source, source]))
+        appended = partial(hadd, options=["-a"], sources=[source, folder / "h1_all.root"])
+        corpus.write(kind, f"hadd-append-{name}", appended, folder / "profiles.root")
+        corpus.write(kind, f"merger-{name}", partial(merge_in_memory, sources=[source] * 2, incremental=False))
+        corpus.write(kind, f"incremental-{name}", partial(merge_in_memory, sources=[source] * 3, incremental=True))
+        corpus.write(kind, f"cp-{name}", partial(copy_with_root, source=source))
+    corpus.write(kind, "memory_file-copy", copy_memory_file)
+    corpus.write(kind, "memory_file-cp", copy_memory_file)
+    corpus.write(kind, "buffer_merger", buffer_merger)
+    corpus.write(kind, "schema_evolution", update_schema)
+    corpus.write(kind, "snapshot", partial(snapshot, source=folder / "tree.root"))
     for name in ("tree", "tree_branches", "tree_autosaved"):
         for option in ("", "fast", "SortBasketsByEntry,fast"):
-            corpus.write(
-                "root-merged",
-                f"clone-{name}-{option or 'slow'}",
-                lambda path, option=option, name=name: clone_tree(path, source(name), option),
-            )
+            clone = partial(clone_tree, source=folder / f"{name}.root", option=option)
+            corpus.write(kind, f"clone-{name}-{option or 'slow'}", clone)
     for version in (1, 2, 3):
-        corpus.write("root-merged", f"schema-{version}", lambda path, version=version: schema(path, version))
+        corpus.write(kind, f"schema-{version}", partial(schema, version=version))
 
 
 def warm_up() -> None:
