@@ -204,7 +204,7 @@ class Receiver:
 
     def authenticate(self, request: ReceiverRequest) -> None:
         """Find the token of a request; raises RequestRefused where it has none that is known, or may not do this."""
-        token = request.headers.get("token")
+        token = request.headers.get("token", "").strip(" \t")
         if not token:
             where = ", not in Authorization" if "Authorization" in request.headers else ""
             raise RequestRefused(NO_TOKEN, "token", reason=f"send the token in the header `token`{where}")

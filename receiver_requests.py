@@ -160,14 +160,14 @@ class UploadHeaders(NamedTuple):
     @classmethod
     def read(cls, headers: Headers, *, required: bool) -> UploadHeaders:
         """Check the headers; raises RequestRefused, naming the one that is missing or wrong."""
-        run, time_stamp, agent = (headers.get(name) for name in REQUIRED_HEADERS)
+        run, time_stamp, agent = (_header(headers, name) for name in REQUIRED_HEADERS)
         if required and None in (run, time_stamp, agent):
             missing = next(name for name in REQUIRED_HEADERS if name not in headers)
             raise RequestRefused(f"Must pass the header {missing}!", "headers")
-        sha256 = headers.get("sha256")
+        sha256 = _header(headers, "sha256")
         if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
             raise _wrong_header("header sha256", sha256, "must be 64 hexadecimal digits")
-        status = headers.get("dataStatus", "0")
+        status = _header(headers, "dataStatus") or "0"
         if status not in ("0", "1", "2"):
             raise _wrong_header("header dataStatus", status, "must be 0, 1 (start of a set of data) or 2 (end)")
         checked_run = 0 if run is None else check_number("header runNumber", run, storage.MAX_RUN)
@@ -176,6 +176,11 @@ class UploadHeaders(NamedTuple):
         is_named = None not in (run, time_stamp, agent)
         name = storage.file_name(checked_agent, checked_run, checked_time) if is_named else ""
         return cls(checked_run, checked_time, checked_agent, int(status), sha256 and sha256.lower(), name)
+
+
+def _header(headers: Headers, name: str) -> str | None:
+    value = headers.get(name)
+    return None if value is None else value.strip(" \t")  # uWSGI leaves tabs there (RFC 9110, 5.5: not part of the value)
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:
