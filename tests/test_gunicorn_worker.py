@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -267,6 +268,23 @@ def test_connections_beyond_the_limit_replace_waiting_ones(make_worker: Callable
     peers = [worker.connect() for _ in range(100)]
     with all_closed(peers):
         assert worker.get("/large?1").endswith(b"0")
+
+
+def test_too_many_open_files_end_no_worker(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    children = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children")
+    (pid,) = (int(text) for text in children.read_text().split())
+    with worker.connect() as upload:
+        upload.sendall(head("/take", "Content-Length: 2000") + bytes(1000))
+        time.sleep(0.5)
+        most = len(os.listdir(f"/proc/{pid}/fd")) + 10
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+        peers = [worker.connect() for _ in range(50)]
+        with all_closed(peers):
+            assert worker.get("/large?1").endswith(b"0")
+            upload.sendall(bytes(1000))
+            assert answer_of(upload) == (200, b"2000")
+    assert children.read_text().split() == [str(pid)]
 
 
 # --- bodies ------------------------------------------------------------------------------------------------------------
