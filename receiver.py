@@ -449,7 +449,10 @@ class Receiver:
 
     def health(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/health: say whether the folder can be written and has room."""
-        self.storage.check_health()
+        try:
+            self.storage.check_health()
+        except StorageError as error:
+            raise RequestRefused(str(error), error.reason_class, status=503) from error
         self.receipts.folder.open(check=True).require_writable()
         return json_response({"status": 200, "message": "The data folder can be written and has room"})
 

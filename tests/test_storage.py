@@ -1,13 +1,14 @@
-"""The data folder: names, uploads, what `accept` does with them, the sweep, receipts, and what is given back."""
+"""The data folder: names, uploads, commit, recovery, health, quarantine, and what is given back."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -15,29 +16,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, receipts, visible
+from client import PROJECT, hidden, incoming, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import durable
 import storage
-from storage import FileTooLarge, NoRoom, NoSuchFile, Storage, Unavailable, Upload, file_name
+import uploads
+from durable import GroupCommit, InsufficientStorage, StorageError, StorageUnavailable
+from storage import FileNotStored, Storage, file_name
+from uploads import FileTooLarge, Upload
 
+MakeStore = Callable[..., Storage]
 NAME = "EMChistos_123_DQM_2015_11_24_18_04_10.root"
 OTHER = "TPChistos_123_DQM_2015_11_24_18_04_10.root"
 LONG_NAME = file_name("A" * 64, storage.MAX_RUN, storage.LAST_TIME_STAMP)
 OLD = b"the old bytes"
 NEW = b"the new bytes, and more of them"
-HOUR = 3600
+HIDDEN = (".incoming", ".replaced", ".rejected")
 
 
 @pytest.fixture
-def make_store(folder: Path) -> Callable[..., Storage]:
+def make_store(folder: Path) -> MakeStore:
     def make(where: Path = folder, **limits: int) -> Storage:
         return Storage(where, **{"max_file_size": 1 << 30, "min_free_space": 0, "max_rejected": 1 << 20, **limits})
 
@@ -45,46 +50,46 @@ def make_store(folder: Path) -> Callable[..., Storage]:
 
 
 @pytest.fixture
-def store(make_store: Callable[..., Storage]) -> Storage:
+def store(make_store: MakeStore) -> Storage:
     return make_store()
 
 
-def begin(store: Storage, data: bytes) -> Upload:
-    upload = store.new_upload()
-    upload.write(data)
-    return upload
+@contextlib.contextmanager
+def begin(store: Storage, data: bytes, announced: int = 0) -> Iterator[Upload]:
+    with store.new_upload(announced) as upload:
+        upload.write(data)
+        yield upload
 
 
-def finish(store: Storage, upload: Upload, name: str = NAME) -> str:
-    """Have an upload accepted and return the outcome."""
-    receipt: dict[str, Any] = {"run": 123, "outcome": "rejected", "filename": name}
-    store.accept(upload, receipt, time.monotonic())
-    return str(receipt["outcome"])
-
-
-def accept(store: Storage, data: bytes, name: str = NAME) -> str:
+def commit(store: Storage, data: bytes, name: str = NAME) -> str:
     """Do with a file what the receiver does, and return the outcome."""
-    upload = begin(store, data)
-    try:
-        return finish(store, upload, name)
-    finally:
-        upload.discard()
+    with begin(store, data) as upload:
+        return store.commit(upload, name)
 
 
-def note(store: Storage, number: int, run: int = 1, **more: str) -> None:
-    store.append_receipt({"run": run, "number": number, **more}, time.monotonic())
+def quarantine(store: Storage, data: bytes, name: str = NAME) -> None:
+    with begin(store, data) as upload:
+        store.quarantine(upload, name)
 
 
-def numbers(store: Storage, run: int = 1) -> list[int]:
-    return [line["number"] for line in receipts(store.folder, run)]
+def path_of(upload: Upload) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{upload.fd}"))
 
 
-def hidden(store: Storage, name: str) -> dict[str, bytes]:
-    return visible(store.folder / name)
+def failing(error: int) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(error, os.strerror(error))
+
+    return fail
 
 
-def incoming(store: Storage) -> list[str]:
-    return sorted(path.name for path in (store.folder / ".incoming").iterdir())
+def run_python(program: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program that has a Storage named `store` on the folder that is its first argument."""
+    begin = "import os, sys; from pathlib import Path; from storage import Storage; import storage, uploads, durable\n"
+    begin += "store = Storage(Path(sys.argv[1]), max_file_size=1 << 30, min_free_space=0, max_rejected=0)\n"
+    environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", begin + program, *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, check=check)
 
 
 # --- names -------------------------------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def incoming(store: Storage) -> list[str]:
         ("EMC", 1, 4118076000, "EMChistos_1_DQM_2100_07_01_00_00_00.root"),
     ],
 )
-def test_file_name_is_overwatchs_with_the_time_in_zurich(agent: str, run: int, time_stamp: int, name: str) -> None:
+def test_file_name_has_the_time_in_zurich(agent: str, run: int, time_stamp: int, name: str) -> None:
     assert file_name(agent, run, time_stamp) == name
 
 
@@ -137,7 +142,7 @@ def test_file_name_does_not_depend_on_the_hosts_time_zone(host_zone: Callable[[s
     assert file_name("EMC", 1, 1448384650) == "EMChistos_1_DQM_2015_11_24_18_04_10.root"
 
 
-def test_file_name_needs_no_time_zones_of_the_host() -> None:
+def test_file_name_needs_no_zones_of_the_host() -> None:
     probe = "import storage, zoneinfo; print(zoneinfo.TZPATH, storage.file_name('EMC', 300005, 1448384650))"
     environ = {**os.environ, "PYTHONTZPATH": "", "PYTHONPATH": str(PROJECT)}
     run = subprocess.run([sys.executable, "-c", probe], env=environ, capture_output=True, text=True, check=True)
@@ -161,829 +166,684 @@ def test_file_name_can_be_split_by_overwatch(agent: str, run: int, time_stamp: i
 # --- uploads -----------------------------------------------------------------------------------------------------------
 
 
-def test_upload_lies_in_incoming_with_what_was_written_and_knows_size_and_sha256(store: Storage) -> None:
-    upload = store.new_upload()
-    assert (upload.write(b"one "), upload.write(b""), upload.write(b"two")) == (4, 0, 3)
-    assert upload.path.parent == store.folder / ".incoming"
-    assert upload.path.read_bytes() == b"one two"
-    assert (upload.size, upload.sha256) == (7, hashlib.sha256(b"one two").hexdigest())
-    assert visible(store.folder) == {}
-    upload.discard()
-    assert incoming(store) == []
+def test_upload_knows_what_was_written(store: Storage) -> None:
+    with store.new_upload() as upload:
+        for piece in (b"one ", b"", b"two"):
+            upload.write(piece)
+        assert path_of(upload).parent.parent == store.folder / ".incoming"
+        assert path_of(upload).read_bytes() == b"one two"
+        assert (upload.size, upload.sha256) == (7, hashlib.sha256(b"one two").hexdigest())
+        assert visible(store.folder) == {}
+    assert incoming(store.folder) == []
 
 
-def test_upload_writes_everything_where_the_system_takes_only_pieces(
-    store: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_upload_writes_all_where_pieces_are_taken(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     write, data = os.write, os.urandom(10_000)
-    upload = store.new_upload()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda fd, piece: write(fd, piece[:777]))
-        assert upload.write(data) == len(data)
-    assert upload.path.read_bytes() == data
-    assert upload.sha256 == hashlib.sha256(data).hexdigest()
-    upload.discard()
-
-
-def test_upload_of_exactly_the_limit_is_taken(make_store: Callable[..., Storage]) -> None:
-    store = make_store(max_file_size=1000)
-    assert accept(store, bytes(1000)) == "stored"
+    with store.new_upload() as upload:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda fd, piece: write(fd, piece[:777]))
+            upload.write(data)
+        assert path_of(upload).read_bytes() == data
+        assert upload.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("pieces", [[1001], [1000, 1], [1] * 1001])
-def test_upload_beyond_the_limit_is_refused_before_it_is_written(
-    make_store: Callable[..., Storage], pieces: list[int]
-) -> None:
-    upload = make_store(max_file_size=1000).new_upload()
-    for piece in pieces[:-1]:
-        upload.write(bytes(piece))
-    with pytest.raises(FileTooLarge, match="1000 bytes") as error:
-        upload.write(bytes(pieces[-1]))
-    assert error.value.limit == 1000
-    assert upload.path.stat().st_size <= 1000
-    upload.discard()
+def test_upload_beyond_the_limit_is_refused_unwritten(make_store: MakeStore, pieces: list[int]) -> None:
+    store = make_store(max_file_size=1000)
+    assert commit(store, bytes(1000)) == "stored"
+    with store.new_upload() as upload:
+        for piece in pieces[:-1]:
+            upload.write(bytes(piece))
+        with pytest.raises(FileTooLarge, match="1000 bytes"):
+            upload.write(bytes(pieces[-1]))
+        assert path_of(upload).stat().st_size <= 1000
 
 
-def test_upload_is_refused_at_once_where_there_is_no_room(make_store: Callable[..., Storage]) -> None:
-    store = make_store(min_free_space=1 << 60)
-    with pytest.raises(NoRoom, match=str(1 << 60)):
-        store.new_upload()
-    assert incoming(store) == []
+def test_failed_upload_is_deleted(store: Storage) -> None:
+    with pytest.raises(RuntimeError), begin(store, NEW):
+        raise RuntimeError
+    assert incoming(store.folder) == []
 
 
-def test_upload_looks_again_for_room_while_it_grows(
-    make_store: Callable[..., Storage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = make_store(min_free_space=1000)
-    monkeypatch.setattr(storage, "_ROOM_CHECK", 100)
-    upload = begin(store, bytes(100))
-    monkeypatch.setattr(Storage, "free_space", lambda self: 1100)
-    upload.write(bytes(100))
-    with pytest.raises(NoRoom):
-        upload.write(bytes(101))
-    assert upload.path.stat().st_size == 200
-    upload.discard()
-
-
-def test_check_room_counts_the_bytes_to_come(make_store: Callable[..., Storage]) -> None:
-    store = make_store()
-    free = store.free_space()
-    store.check_room(free // 2)
-    with pytest.raises(NoRoom):
-        store.check_room(free + (1 << 40))
-
-
-def test_discard_removes_an_upload_and_may_be_repeated(store: Storage) -> None:
-    upload = begin(store, NEW)
-    upload.discard()
-    assert incoming(store) == []
-    upload.discard()
-
-
-def test_discard_never_removes_what_was_accepted(store: Storage) -> None:
-    upload = begin(store, NEW)
-    finish(store, upload)
-    upload.discard()
+def test_failure_after_the_commit_deletes_nothing(store: Storage) -> None:
+    with pytest.raises(RuntimeError), begin(store, NEW) as upload:
+        store.commit(upload, NAME)
+        raise RuntimeError
     assert visible(store.folder) == {NAME: NEW}
 
 
 def test_uploads_leave_no_open_files(store: Storage) -> None:
+    for data in (OLD, NEW):
+        commit(store, data)
+        quarantine(store, data)
     before = len(os.listdir("/proc/self/fd"))
     for data in (OLD, OLD, NEW):
-        accept(store, data)
-    upload = begin(store, NEW)
-    store.reject(upload, NAME)
-    upload.discard()
-    begin(store, NEW).discard()
-    with pytest.raises(NoSuchFile):
+        commit(store, data)
+    quarantine(store, NEW)
+    with contextlib.suppress(FileNotStored):
         store.open(".receipts")
-    store.sweep()
+    store.open(NAME).close()
+    store.check_health()
+    store.recover()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# --- accepting ---------------------------------------------------------------------------------------------------------
+# --- the reserve -------------------------------------------------------------------------------------------------------
 
 
-def test_accept_stores_a_file_under_its_name(store: Storage) -> None:
-    assert accept(store, NEW) == "stored"
-    assert visible(store.folder) == {NAME: NEW}
-    assert incoming(store) == []
-    assert hidden(store, ".replaced") == {}
-    assert [line["outcome"] for line in receipts(store.folder)] == ["stored"]
-    status = (store.folder / NAME).stat()
-    assert (status.st_nlink, stat.S_IMODE(status.st_mode) & 0o400) == (1, 0o400)
+@pytest.fixture
+def small_disk(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A storage on a disk of 2000 free bytes, of which 1000 must stay free."""
+    store = make_store(min_free_space=1000)
+    monkeypatch.setattr(uploads.Space, "ask", lambda self: 2000)
+    return store
 
 
-def test_accept_gives_a_file_the_modes_that_the_umask_allows(store: Storage) -> None:
+def test_announced_bytes_count_as_used(small_disk: Storage) -> None:
+    with small_disk.new_upload(600), pytest.raises(InsufficientStorage, match="1000 bytes"):
+        small_disk.new_upload(401)
+    with small_disk.new_upload(600), small_disk.new_upload(400):
+        pass
+    with small_disk.new_upload(1000):  # what others announced and did not need is free again
+        pass
+    assert incoming(small_disk.folder) == []
+
+
+def test_written_bytes_are_counted_once(small_disk: Storage) -> None:
+    with begin(small_disk, bytes(600), announced=600):
+        with pytest.raises(InsufficientStorage):
+            small_disk.new_upload(401)
+        with begin(small_disk, bytes(400), announced=400) as upload, pytest.raises(InsufficientStorage):
+            upload.write(b"more than announced")
+    assert incoming(small_disk.folder) == []
+
+
+def test_unannounced_bytes_are_counted_as_they_come(small_disk: Storage) -> None:
+    with small_disk.new_upload() as upload:
+        upload.write(bytes(1000))
+        with pytest.raises(InsufficientStorage):
+            upload.write(b"x")
+        assert path_of(upload).stat().st_size == 1000
+
+
+def test_free_space_is_asked_once_a_second(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = make_store(min_free_space=1), list[int]()
+
+    def ask(_: object) -> int:
+        asked.append(1)
+        return 1 << 40
+
+    monkeypatch.setattr(uploads.Space, "ask", ask)
+    monkeypatch.setattr(uploads, "_SPACE_AGE", 60.0)
+    for _ in range(20):
+        commit(store, NEW)
+    assert len(asked) <= 1
+
+
+# --- compare and commit ------------------------------------------------------------------------------------------------
+
+
+def test_commit_stores_a_file_under_its_name(store: Storage) -> None:
     before = os.umask(0o027)
     try:
-        accept(store, NEW)
+        assert commit(store, NEW) == "stored"
     finally:
         os.umask(before)
-    assert stat.S_IMODE((store.folder / NAME).stat().st_mode) == 0o640
+    assert visible(store.folder) == {NAME: NEW}
+    assert (incoming(store.folder), hidden(store.folder, ".replaced")) == ([], [])
+    status = (store.folder / NAME).stat()
+    assert (status.st_nlink, stat.S_IMODE(status.st_mode)) == (1, 0o640)
 
 
-def test_accept_of_the_same_bytes_changes_nothing(store: Storage) -> None:
-    accept(store, OLD)
+def test_commit_of_the_same_bytes_changes_nothing(store: Storage) -> None:
+    commit(store, OLD)
     before = (store.folder / NAME).stat()
-    assert accept(store, OLD) == "duplicate"
+    assert commit(store, OLD) == "duplicate"
     after = (store.folder / NAME).stat()
     assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
-    assert hidden(store, ".replaced") == {}
-    assert incoming(store) == []
-    assert [line["outcome"] for line in receipts(store.folder)] == ["stored", "duplicate"]
+    assert (incoming(store.folder), hidden(store.folder, ".replaced")) == ([], [])
 
 
 @pytest.mark.parametrize(
     "new", [NEW, OLD[:-1] + b"S", OLD + b"\0", OLD[:-1]], ids=["other", "last", "longer", "shorter"]
 )
-def test_accept_of_different_bytes_keeps_the_old_ones_aside(store: Storage, new: bytes) -> None:
-    accept(store, OLD)
-    assert accept(store, new) == "replaced"
+def test_commit_of_different_bytes_preserves_the_old(store: Storage, new: bytes) -> None:
+    commit(store, OLD)
+    assert commit(store, new) == "replaced"
     assert visible(store.folder) == {NAME: new}
-    ((aside, content),) = hidden(store, ".replaced").items()
-    assert (aside.startswith(NAME), content) == (True, OLD)
-    assert incoming(store) == []
-    assert [line["outcome"] for line in receipts(store.folder)] == ["stored", "replaced"]
+    assert visible(store.folder / ".replaced") == {f"{NAME}.{hashlib.sha256(OLD).hexdigest()}": OLD}
+    assert (store.folder / NAME).stat().st_nlink == 1
+    assert incoming(store.folder) == []
 
 
-def test_accept_finds_a_difference_beyond_the_first_bytes(store: Storage) -> None:
+def test_difference_beyond_the_first_bytes_is_found(store: Storage) -> None:
     old = os.urandom(3 << 20)
-    accept(store, old)
-    assert accept(store, old[:-1] + bytes([old[-1] ^ 1])) == "replaced"
-    assert accept(store, old) == "replaced"
-    assert accept(store, old) == "duplicate"
-
-
-def test_accept_keeps_everything_that_ever_had_the_name(store: Storage) -> None:
-    versions = [f"version {number}".encode() for number in range(5)]
-    assert [accept(store, data) for data in versions] == ["stored"] + ["replaced"] * 4
-    assert visible(store.folder) == {NAME: versions[-1]}
-    assert sorted(hidden(store, ".replaced").values()) == versions[:-1]
-
-
-def test_files_an_hour_apart_in_autumn_both_stay(store: Storage) -> None:
-    first, second = file_name("EMC", 123, 1445731200), file_name("EMC", 123, 1445734800)
-    assert first == second
-    assert (accept(store, OLD, first), accept(store, NEW, second)) == ("stored", "replaced")
-    assert visible(store.folder) == {first: NEW}
-    assert list(hidden(store, ".replaced").values()) == [OLD]
-
-
-def test_accept_stores_again_what_overwatch_has_taken_away(store: Storage) -> None:
-    accept(store, OLD)
-    (store.folder / NAME).unlink()
-    assert accept(store, OLD) == "stored"
-    assert visible(store.folder) == {NAME: OLD}
-
-
-def test_accept_sets_a_link_aside_and_leaves_alone_what_it_leads_to(store: Storage, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_bytes(NEW)
-    (store.folder / NAME).symlink_to(elsewhere)
-    assert accept(store, NEW) == "replaced"
-    assert elsewhere.read_bytes() == NEW
-    assert not (store.folder / NAME).is_symlink()
-    assert visible(store.folder) == {NAME: NEW}
+    commit(store, old)
+    assert commit(store, old[:-1] + bytes([old[-1] ^ 1])) == "replaced"
+    assert [commit(store, old) for _ in range(2)] == ["replaced", "duplicate"]
 
 
 @pytest.mark.parametrize("name", [NAME, LONG_NAME])
-@pytest.mark.parametrize("rivals", [1, 5])
-def test_accept_tries_again_when_a_rival_takes_the_name(
-    store: Storage, monkeypatch: pytest.MonkeyPatch, name: str, rivals: int
-) -> None:
-    accept(store, OLD, name)
-    link, waiting = os.link, [f"rival {number}".encode() for number in range(rivals)]
-
-    def link_after_a_rival(source: Any, target: Any) -> None:
-        if waiting and not os.path.lexists(target):  # the name is free: the old file has just been set aside
-            Path(target).write_bytes(waiting.pop())
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", link_after_a_rival)
-    assert accept(store, NEW, name) == "replaced"
-    assert waiting == []
-    assert visible(store.folder) == {name: NEW}
-    assert len(hidden(store, ".replaced")) == rivals + 1
-    assert incoming(store) == []
+def test_everything_that_had_the_name_is_kept(store: Storage, name: str) -> None:
+    versions = [f"version {number}".encode() for number in range(5)]
+    assert [commit(store, data, name) for data in versions] == ["stored"] + ["replaced"] * 4
+    assert commit(store, versions[0], name) == "replaced"  # back to an earlier one
+    assert visible(store.folder) == {name: versions[0]}
+    assert sorted(hidden(store.folder, ".replaced")) == versions
 
 
-def test_accept_of_an_equal_file_after_a_rivals_is_a_duplicate(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept(store, OLD)
-    link, waiting = os.link, [NEW]
+def test_files_an_hour_apart_in_autumn_are_kept(store: Storage) -> None:
+    first, second = file_name("EMC", 123, 1445731200), file_name("EMC", 123, 1445734800)
+    assert first == second
+    assert (commit(store, OLD, first), commit(store, NEW, second)) == ("stored", "replaced")
+    assert visible(store.folder) == {first: NEW}
+    assert hidden(store.folder, ".replaced") == [OLD]
 
-    def link_after_a_rival(source: Any, target: Any) -> None:
-        if waiting and not os.path.lexists(target):
-            Path(target).write_bytes(waiting.pop())
-        link(source, target)
 
-    monkeypatch.setattr(os, "link", link_after_a_rival)
-    assert accept(store, NEW) in ("duplicate", "replaced")
+def test_commit_stores_again_what_overwatch_took(store: Storage) -> None:
+    commit(store, OLD)
+    (store.folder / NAME).unlink()
+    assert commit(store, OLD) == "stored"
+    assert visible(store.folder) == {NAME: OLD}
+
+
+def test_comparing_changes_nothing(store: Storage) -> None:
+    commit(store, OLD)
+    for data, name, outcome in ((OLD, NAME, "duplicate"), (NEW, NAME, "replaced"), (NEW, OTHER, "stored")):
+        with begin(store, data) as upload:
+            assert store.compare(upload, name) == outcome
+    assert visible(store.folder) == {NAME: OLD}
+    assert hidden(store.folder, ".replaced") == []
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP], ids=errno.errorcode.__getitem__)
+def test_old_bytes_are_copied_without_hard_links(store: Storage, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    commit(store, OLD)
+    monkeypatch.setattr(os, "link", failing(error))
+    assert commit(store, NEW) == "replaced"
+    assert (visible(store.folder), hidden(store.folder, ".replaced")) == ({NAME: NEW}, [OLD])
+    assert incoming(store.folder) == []
+
+
+@pytest.mark.parametrize("then", ["taken", "equal", "different"])
+def test_name_that_changes_is_compared_again(store: Storage, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    commit(store, OLD)
+    look, left = Storage._look, [1]
+
+    def look_then_change(self: Storage, upload: Upload, name: str) -> Any:
+        found = look(self, upload, name)
+        if left.pop() if left else 0:
+            (store.folder / NAME).unlink()
+            if then != "taken":
+                (store.folder / NAME).write_bytes(NEW if then == "equal" else b"a rival's")
+        return found
+
+    monkeypatch.setattr(Storage, "_look", look_then_change)
+    assert commit(store, NEW) == {"taken": "stored", "equal": "duplicate", "different": "replaced"}[then]
     assert visible(store.folder) == {NAME: NEW}
-    assert list(hidden(store, ".replaced").values()) == [OLD]
+    kept = hidden(store.folder, ".replaced")
+    assert (b"a rival's" in kept) == (then == "different")
 
 
-def test_accept_when_overwatch_takes_the_file_that_is_in_the_way(
-    store: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accept(store, OLD)
-    link, in_the_way = os.link, list[str]()
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+    except PermissionError:
+        pytest.skip("a device cannot be made here")
 
-    def link_before_overwatch(source: Any, target: Any) -> None:
+
+def make_socket(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:  # its address must be short
+        listener.bind(path.name)
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "socket": make_socket,
+    "device": make_device,
+    "folder": Path.mkdir,
+    "link to a file": lambda path: path.symlink_to(path.parent.parent / "outside"),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to a folder": lambda path: path.symlink_to("/etc"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_regular_file_is_left_alone(store: Storage, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "outside").write_bytes(NEW)
+    KINDS[kind](store.folder / NAME)
+    before = (store.folder / NAME).lstat()
+    assert store.file_names() == []
+    with pytest.raises(FileNotStored):
+        store.open(NAME)
+    with pytest.raises(StorageUnavailable, match=f"The name {NAME} is taken by something that is not a regular file"):
+        commit(store, NEW)
+    assert (store.folder / NAME).lstat() == before
+    assert (tmp_path / "outside").read_bytes() == NEW
+    assert incoming(store.folder) == []
+    assert commit(store, NEW, OTHER) == "stored"
+
+
+def test_group_commit_takes_all_that_wait(store: Storage) -> None:
+    batches: list[list[int]] = []
+    gate = threading.Event()
+
+    def commit_batch(items: Sequence[int]) -> list[int | Exception]:
+        batches.append(list(items))
+        gate.wait(30)
+        return [ValueError(str(item)) if item == 3 else 10 * item for item in items]
+
+    group, results = GroupCommit(commit_batch), dict[int, object]()
+
+    def work(item: int) -> None:
         try:
-            link(source, target)
-        except FileExistsError:
-            in_the_way.append(str(target))
-            os.unlink(target)  # before anybody can look at it
-            raise
+            results[item] = group(item)
+        except ValueError as error:
+            results[item] = str(error)
 
-    monkeypatch.setattr(os, "link", link_before_overwatch)
-    assert accept(store, NEW) == "stored"
-    assert in_the_way == [str(store.folder / NAME)]
-    assert visible(store.folder) == {NAME: NEW}
-    assert hidden(store, ".replaced") == {}
+    threads = [threading.Thread(target=work, args=(item,)) for item in range(6)]
+    threads[0].start()
+    while not batches:
+        time.sleep(0.001)
+    for thread in threads[1:]:
+        thread.start()
+    while len(group._waiting) < 5:
+        time.sleep(0.001)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert (batches[0], sorted(batches[1]), len(batches)) == ([0], [1, 2, 3, 4, 5], 2)
+    assert results == {0: 0, 1: 10, 2: 20, 3: "3", 4: 40, 5: 50}
 
 
-def test_accept_of_many_threads_keeps_every_file(make_store: Callable[..., Storage]) -> None:
-    contents = [f"content {number}".encode() for number in range(8)]
-    outcomes: list[str] = []
-    stores = [make_store(), make_store()]
+def test_failed_batch_fails_for_each(store: Storage) -> None:
+    group = GroupCommit[int, None](failing(errno.EIO))
+    for item in range(2):
+        with pytest.raises(OSError, match="Input/output"):
+            group(item)
 
-    def send(number: int) -> None:
-        outcomes.append(accept(stores[number % 2], contents[number]))
 
-    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+def test_many_uploads_at_once_share_the_sync(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(store, OLD, OTHER)
+    fsync, folders = os.fsync, list[str]()
+
+    def slow(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(store.folder):
+            folders.append("")
+            time.sleep(0.05)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    names = [file_name("EMC", number, 0) for number in range(30)]
+    threads = [threading.Thread(target=commit, args=(store, name.encode(), name)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    # Whoever finds the name free has stored, also where a third one has just set the file before aside.
-    assert len(outcomes) == 8
-    assert set(outcomes) <= {"stored", "replaced"}
-    assert "stored" in outcomes
-    (last,) = visible(stores[0].folder).values()
-    assert sorted([last, *hidden(stores[0], ".replaced").values()]) == contents
-    assert incoming(stores[0]) == []
-
-
-@pytest.mark.parametrize("cleared", [".incoming", ".replaced", ".receipts", ".rejected"])
-def test_hidden_folders_may_be_cleared_away_at_any_time(store: Storage, cleared: str) -> None:
-    accept(store, OLD)
-    for path in (store.folder / cleared).iterdir():
-        path.unlink()
-    (store.folder / cleared).rmdir()
-    assert accept(store, NEW) == "replaced"
-    upload = begin(store, b"invalid")
-    store.reject(upload, NAME)
-    upload.discard()
-    assert visible(store.folder) == {NAME: NEW}
-    assert list(hidden(store, ".rejected").values()) == [b"invalid"]
-    assert receipts(store.folder)[-1]["outcome"] == "replaced"
-
-
-# --- when the disk fails -----------------------------------------------------------------------------------------------
-
-SCENARIOS: dict[str, bytes | None] = {"stored": None, "duplicate": NEW, "replaced": OLD}
-
-
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.__getitem__)
-@pytest.mark.parametrize("call", ["fsync", "link", "rename", "unlink", "open", "close", "write", "pread", "fstat"])
-@pytest.mark.parametrize("outcome", SCENARIOS)
-def test_accept_leaves_the_folder_as_it_was_whichever_system_call_fails(
-    make_store: Callable[..., Storage],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    outcome: str,
-    call: str,
-    error: int,
-) -> None:
-    """The first call fails, then in a new folder the second, and so on until all succeed."""
-    genuine: Callable[..., Any] = getattr(os, call)
-    calls = number = 0
-
-    def fail(*arguments: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls != number:
-            return genuine(*arguments, **more)
-        if call == "close":  # Linux closes a file even where close() fails
-            genuine(*arguments)
-        raise OSError(error, os.strerror(error))
-
-    while calls >= number:
-        number += 1
-        store = make_store(tmp_path / str(number))
-        old = SCENARIOS[outcome]
-        if old is not None:
-            accept(store, old)
-        before, noted = visible(store.folder), len(receipts(store.folder))
-        upload = begin(store, NEW)
-        calls = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
-            try:
-                its_outcome = finish(store, upload)
-            except (OSError, NoRoom):
-                its_outcome = "failed"
-        upload.discard()
-        failed = its_outcome == "failed"
-        what = f"{call} number {number}"
-        if failed:
-            assert calls >= number, what
-            assert visible(store.folder) == before, what
-            assert hidden(store, ".replaced") == {}, what
-            lines = receipts(store.folder)
-            assert [line["outcome"] for line in lines[noted:]] in ([], ["rejected"]), what
-            # The folder is as good as new.
-            assert accept(store, NEW) == outcome, what
-        else:
-            assert its_outcome in (outcome, "replaced"), what
-            assert visible(store.folder) == {NAME: NEW}, what
-            assert receipts(store.folder)[-1]["outcome"] == its_outcome, what
-        assert incoming(store) == [], what
-        assert number < 50
-    unused = {("rename", "stored"), ("rename", "duplicate"), ("unlink", "duplicate"), ("pread", "stored")}
-    assert (number > 1) == ((call, outcome) not in unused)
-
-
-def test_accept_syncs_the_file_before_it_has_a_name_and_the_folder_before_it_returns(
-    store: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[tuple[str, bool]] = []
-    fsync = os.fsync
-
-    def watch(fd: int) -> None:
-        synced.append((os.readlink(f"/proc/self/fd/{fd}"), (store.folder / NAME).exists()))
-        fsync(fd)
-
-    upload = begin(store, NEW)
-    path = str(upload.path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", watch)
-        finish(store, upload)
-    upload.discard()
-    assert synced[0] == (path, False)
-    assert (str(store.folder), True) in synced
-    assert (str(store.folder / ".receipts" / "123.jsonl"), True) in synced
-    assert (str(store.folder / ".receipts"), True) in synced
-
-
-def test_accept_waits_for_nothing_while_a_name_is_free_on_its_way_to_another_file(
-    store: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accept(store, OLD)
-    upload = begin(store, NEW)
-    calls: list[tuple[str, bool]] = []
-
-    def watch(call: str) -> Callable[..., Any]:
-        genuine = getattr(os, call)
-
-        def watched(*arguments: Any, **more: Any) -> Any:
-            calls.append((call, (store.folder / NAME).exists()))
-            return genuine(*arguments, **more)
-
-        return watched
-
-    with monkeypatch.context() as patch:
-        for call in ("fsync", "rename", "link", "unlink", "open", "pread"):
-            patch.setattr(os, call, watch(call))
-        assert finish(store, upload) == "replaced"
-    assert [call for call, is_there in calls if not is_there] == ["link"]
-
-
-def test_accept_of_a_duplicate_makes_sure_that_the_first_is_on_the_disk(
-    store: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (store.folder / NAME).write_bytes(NEW)  # by somebody who syncs nothing
-    synced: list[str] = []
-    fsync = os.fsync
-
-    def watch(fd: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
-        fsync(fd)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", watch)
-        assert accept(store, NEW) == "duplicate"
-    assert {str(store.folder / NAME), str(store.folder)} <= set(synced)
-
-
-def test_withdrawing_leaves_what_a_rival_has_stored_meanwhile(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_after_a_rival(*_: object) -> None:
-        rival = store.folder / "rival"
-        rival.write_bytes(b"the rival's")
-        rival.rename(store.folder / NAME)
-        raise NoRoom("no room for a receipt")
-
-    accept(store, OLD)
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "append_receipt", fail_after_a_rival)
-        with pytest.raises(NoRoom):
-            accept(store, NEW)
-    assert visible(store.folder) == {NAME: b"the rival's"}
-    assert incoming(store) == []
-
-
-# --- errors of the system ----------------------------------------------------------------------------------------------
+    assert visible(store.folder) == {OTHER: OLD, **{name: name.encode() for name in names}}
+    assert len(folders) <= 15
 
 
 @pytest.mark.parametrize(
     ("number", "error"),
     [
-        (errno.ENOSPC, NoRoom),
-        (errno.EDQUOT, NoRoom),
-        (errno.EROFS, Unavailable),
-        (errno.EACCES, Unavailable),
-        (errno.EPERM, Unavailable),
-        (errno.ESTALE, Unavailable),
-        (errno.ENOTDIR, Unavailable),
-        (errno.EIO, OSError),
-        (errno.EMFILE, Unavailable),
-        (errno.ENOTCONN, Unavailable),
+        (errno.ENOSPC, InsufficientStorage),
+        (errno.EDQUOT, InsufficientStorage),
+        *((one, StorageUnavailable) for one in (errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE)),
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
 )
-@pytest.mark.parametrize("call", ["open", "write"])
-def test_a_failing_disk_is_told_by_its_kind(
-    store: Storage, monkeypatch: pytest.MonkeyPatch, call: str, number: int, error: type[Exception]
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_failing_disk_is_told_by_its_kind(
+    store: Storage, monkeypatch: pytest.MonkeyPatch, call: str, number: int, error: type[StorageError]
 ) -> None:
-    upload = store.new_upload()
-
-    def fail(*arguments: Any, **more: Any) -> Any:
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
-        with pytest.raises(error) as raised:
-            if call == "open":
-                store.new_upload()
-            else:
-                upload.write(NEW)
-    if error is not OSError:
-        assert os.strerror(number) in str(raised.value)
-        assert isinstance(raised.value.__cause__, OSError)
-    upload.discard()
-    assert incoming(store) == []
+    commit(store, OLD)
+    with monkeypatch.context() as patch, pytest.raises(error, match=os.strerror(number)) as raised:
+        patch.setattr(os, call, failing(number))
+        commit(store, NEW, OTHER)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert (raised.value.status, str(store.folder) in str(raised.value)) == (error.status, False)
+    assert (visible(store.folder), incoming(store.folder)) == ({NAME: OLD}, [])
+    assert commit(store, NEW, OTHER) == "stored"
 
 
-def test_a_folder_that_is_gone_is_unavailable(store: Storage) -> None:
-    store.folder.rename(store.folder.with_name("away"))
-    with pytest.raises(Unavailable):
-        store.new_upload()
-    with pytest.raises(Unavailable):
-        store.names()
-    with pytest.raises(Unavailable):
-        store.open(NAME)
-    with pytest.raises(Unavailable):
-        store.receipts_tag(123)
+# --- folders -----------------------------------------------------------------------------------------------------------
 
 
-# --- rejected uploads --------------------------------------------------------------------------------------------------
+def test_hidden_folders_are_made_at_their_first_use(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "a" / "b")
+    assert list(store.folder.iterdir()) == []
+    commit(store, OLD)
+    assert sorted(path.name for path in store.folder.iterdir()) == [".incoming", ".lock", NAME]
+    commit(store, NEW)
+    quarantine(store, NEW)
+    for name in HIDDEN:
+        assert stat.S_IMODE((store.folder / name).stat().st_mode) == 0o700
+    assert make_store(tmp_path / "a" / "b").file_names() == [NAME]
 
 
-def reject(store: Storage, data: bytes) -> None:
-    upload = begin(store, data)
-    store.reject(upload, NAME)
-    upload.discard()
-
-
-def test_reject_keeps_the_bytes_out_of_sight(store: Storage) -> None:
-    reject(store, NEW)
-    ((name, content),) = hidden(store, ".rejected").items()
-    assert (NAME in name, content) == (True, NEW)
-    assert visible(store.folder) == {}
-    assert incoming(store) == []
-
-
-def test_reject_lets_the_oldest_go_first(make_store: Callable[..., Storage]) -> None:
-    store = make_store(max_rejected=1000)
-    contents = [bytes([number]) * 300 for number in range(10)]
-    for number, content in enumerate(contents, 1):
-        reject(store, content)
-        assert sorted(hidden(store, ".rejected").values()) == contents[max(0, number - 3) : number]
-
-
-def test_reject_fills_the_bound_to_the_last_byte(make_store: Callable[..., Storage]) -> None:
-    store = make_store(max_rejected=1000)
-    for content in (b"a" * 400, b"b" * 600):
-        reject(store, content)
-    assert sorted(hidden(store, ".rejected").values()) == [b"a" * 400, b"b" * 600]
-    reject(store, b"c")
-    assert sorted(hidden(store, ".rejected").values()) == [b"b" * 600, b"c"]
-
-
-def test_reject_keeps_nothing_larger_than_the_bound_and_loses_nothing_for_it(
-    make_store: Callable[..., Storage],
+def test_relative_folder_stays_where_it_was(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make_store(max_rejected=1000)
-    reject(store, b"a" * 400)
-    reject(store, b"b" * 1001)
-    assert list(hidden(store, ".rejected").values()) == [b"a" * 400]
-    assert incoming(store) == []
+    monkeypatch.chdir(tmp_path)
+    store = make_store(Path("relative"))
+    monkeypatch.chdir("/")
+    commit(store, NEW)
+    assert visible(tmp_path / "relative") == {NAME: NEW}
 
 
-def test_reject_with_a_bound_of_zero_keeps_nothing(make_store: Callable[..., Storage]) -> None:
-    store = make_store(max_rejected=0)
-    reject(store, NEW)
-    assert hidden(store, ".rejected") == {}
-    assert incoming(store) == []
+def test_other_files_of_the_folder_are_left_alone(make_store: MakeStore, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "from_zmq.root").write_bytes(OLD)
+    (folder / ".hidden").write_bytes(OLD)
+    store = make_store()
+    commit(store, NEW)
+    store.recover()
+    assert visible(folder) == {"from_zmq.root": OLD, NAME: NEW}
+    assert (folder / ".hidden").read_bytes() == OLD
 
 
-def test_reject_never_touches_a_valid_file(store: Storage) -> None:
-    accept(store, OLD)
-    reject(store, NEW)
-    assert visible(store.folder) == {NAME: OLD}
+def use(store: Storage, name: str) -> None:
+    """Do what needs a hidden folder."""
+    if name == ".rejected":
+        quarantine(store, b"invalid")
+    else:
+        commit(store, os.urandom(20))
 
 
-def test_reject_bears_that_somebody_else_clears_the_folder(
-    make_store: Callable[..., Storage], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["link", "others may write", "file", "another file system"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_planted_hidden_folder_is_not_used(
+    store: Storage, tmp_path: Path, make_tmpfs: Callable[[str], Path], name: str, kind: str
 ) -> None:
-    store = make_store(max_rejected=1000)
-    reject(store, b"a" * 900)
-    unlink = os.unlink
+    (store.folder / NAME).write_bytes(OLD)
+    elsewhere, planted = tmp_path / "elsewhere", store.folder / name
+    elsewhere.mkdir()
+    if kind == "link":
+        planted.symlink_to(elsewhere)
+    elif kind == "file":
+        planted.touch()
+    else:
+        planted.mkdir(0o777)
+        planted.chmod(0o777 if kind == "others may write" else 0o700)
+    if kind == "another file system":
+        elsewhere = make_tmpfs("size=1m,mode=700")
+        subprocess.run(["mount", "--bind", elsewhere, planted], check=True)
+    try:
+        with pytest.raises(StorageUnavailable):
+            use(store, name)
+        with pytest.raises(StorageUnavailable):
+            store.check_health()
+    finally:
+        if kind == "another file system":
+            subprocess.run(["umount", "--lazy", planted], check=True)
+    assert (list(elsewhere.iterdir()), visible(store.folder)) == ([], {NAME: OLD})
 
-    def unlink_twice(path: Any, *arguments: Any, **more: Any) -> None:
-        unlink(path)
-        unlink(path, *arguments, **more)  # the other was faster: FileNotFoundError
 
-    monkeypatch.setattr(Path, "unlink", lambda self: unlink_twice(self))
-    reject(store, b"b" * 900)
-    assert list(hidden(store, ".rejected").values()) == [b"b" * 900]
+@pytest.mark.parametrize("name", ["", *HIDDEN])
+def test_swapped_folder_is_noticed_within_a_second(store: Storage, name: str) -> None:
+    commit(store, OLD)
+    commit(store, NEW)
+    quarantine(store, b"invalid")
+    folder, away = store.folder / name, store.folder.parent / "away"
+    folder.rename(away)
+    folder.mkdir(0o700)
+    kept = len(list(away.iterdir()))
+    time.sleep(durable._CHECK_INTERVAL + 0.1)
+    with pytest.raises(StorageUnavailable, match="moved away"):
+        use(store, name)
+    assert len(list(away.iterdir())) == kept
+    folder.rmdir()
+    away.rename(folder)
+    use(store, name)
 
 
-# --- the sweep ---------------------------------------------------------------------------------------------------------
+def test_start_fails_without_flock(make_store: MakeStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    with pytest.raises(OSError, match="No locks available"):
+        make_store()
+    assert list(folder.iterdir()) == []
 
-LIVE = """
-import os, signal, sys
-from pathlib import Path
-from storage import Storage
-upload = Storage(Path(sys.argv[1]), max_file_size=1 << 30, min_free_space=0, max_rejected=0).new_upload()
-upload.write(b"half of it")
-print(upload.path, flush=True)
-signal.pause()
-"""
+
+def test_busy_lock_is_503_without_a_trace(store: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(store, OLD)
+    monkeypatch.setattr(storage, "LOCK_TIMEOUT", 0.2)
+    with (folder / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StorageUnavailable, match="another process has held its lock"):
+            commit(store, NEW)
+    assert (visible(folder), incoming(folder)) == ({NAME: OLD}, [])
+    assert commit(store, NEW) == "replaced"
+
+
+# --- recovery ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_start_deletes_what_dead_writers_left(make_store: MakeStore, store: Storage, has_lock: bool) -> None:
+    commit(store, OLD)
+    dead = store.folder / ".incoming" / "dead"
+    dead.mkdir()
+    (dead / "upload").write_bytes(NEW)
+    if has_lock:
+        (dead / "lock").touch()
+    with begin(store, NEW) as upload:
+        os.utime(path_of(upload), (0, 0))
+        make_store()
+        assert path_of(upload).read_bytes() == NEW  # however old
+        assert store.commit(upload, OTHER) == "stored"
+    assert not dead.exists()
+
+
+def test_recovery_happens_every_ten_minutes(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(store, OLD)
+    dead = store.folder / ".incoming" / "dead"
+    dead.mkdir()
+    commit(store, NEW)
+    assert dead.exists()
+    later = time.monotonic() + 601
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    commit(store, OLD)
+    assert not dead.exists()
+
+
+def test_recovery_bears_strange_things(store: Storage, tmp_path: Path) -> None:
+    commit(store, OLD)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/file").write_bytes(OLD)
+    for number, kind in enumerate(KINDS):
+        KINDS[kind](store.folder / ".incoming" / str(number))
+    (store.folder / ".incoming/link").symlink_to(tmp_path / "elsewhere")
+    (store.folder / ".incoming/dead").mkdir()
+    store.recover()
+    assert not (store.folder / ".incoming/dead").exists()
+    assert (tmp_path / "elsewhere/file").read_bytes() == OLD
+    assert commit(store, NEW) == "replaced"
+
+
+def test_killed_process_leaves_nothing_after_recovery(store: Storage) -> None:
+    program = "upload = store.new_upload(); upload.write(b'half'); os.kill(os.getpid(), 9)"
+    assert run_python(program, str(store.folder), check=False).returncode == -signal.SIGKILL
+    assert len(incoming(store.folder)) == 1
+    store.recover()
+    assert (incoming(store.folder), visible(store.folder)) == ([], {})
+
+
+# --- health ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def other_process(store: Storage) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process of this host with an upload under way."""
-    environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", LIVE, str(store.folder)], env=environ, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield process, Path(process.stdout.readline().strip())
-        finally:
-            process.kill()
+def fresh_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each question about health answered anew, and each path looked at."""
+    monkeypatch.setattr(storage, "_HEALTH_AGE", 0.0)
+    monkeypatch.setattr(durable, "_CHECK_INTERVAL", 0.0)
 
 
-def leave(store: Storage, name: str, data: bytes = OLD, age: float = 0.0) -> Path:
-    """Put a file into `.incoming/` that nobody holds."""
-    path = store.folder / ".incoming" / name
-    path.write_bytes(data)
-    os.utime(path, (time.time() - age,) * 2)
-    return path
+def test_health_leaves_nothing_and_touches_no_file(store: Storage) -> None:
+    commit(store, OLD)
+    store.check_health()
+    assert (visible(store.folder), incoming(store.folder)) == ({NAME: OLD}, [])
+    assert hidden(store.folder, ".replaced") == hidden(store.folder, ".rejected") == []
 
 
-def of_this_host(store: Storage) -> str:
-    """Return the beginning of the names that uploads of this host have."""
-    upload = store.new_upload()
-    upload.discard()
-    return upload.path.name.partition("-")[0]
+def test_health_may_be_a_second_old(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.check_health()
+    monkeypatch.setattr(Storage, "_try_upload", lambda self: pytest.fail("looked again"))
+    store.check_health()
 
 
-def test_sweep_removes_what_a_dead_process_left(
-    store: Storage, other_process: tuple[subprocess.Popen[str], Path]
+@pytest.mark.usefixtures("fresh_health")
+@pytest.mark.parametrize(
+    ("call", "error", "expected"),
+    [
+        ("write", errno.ENOSPC, InsufficientStorage),
+        ("write", errno.EIO, StorageUnavailable),
+        ("open", errno.EROFS, StorageUnavailable),
+        ("pread", errno.EIO, StorageUnavailable),
+    ],
+)
+def test_health_says_what_is_wrong_and_recovers(
+    store: Storage, monkeypatch: pytest.MonkeyPatch, call: str, error: int, expected: type[StorageError]
 ) -> None:
-    process, path = other_process
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert path.exists()
-    store.sweep()
-    assert incoming(store) == []
-    assert visible(store.folder) == {}
+    with monkeypatch.context() as patch, pytest.raises(expected, match=os.strerror(error)):
+        patch.setattr(os, call, failing(error))
+        store.check_health()
+    store.check_health()
+    assert incoming(store.folder) == []
 
 
-def test_sweep_leaves_a_live_upload_of_another_process_however_old(
-    store: Storage, other_process: tuple[subprocess.Popen[str], Path]
-) -> None:
-    _, path = other_process
-    os.utime(path, (0, 0))
-    store.sweep()
-    assert path.read_bytes() == b"half of it"
+@pytest.mark.usefixtures("fresh_health")
+def test_health_reads_what_it_has_written(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
+    with pytest.raises(StorageUnavailable, match="give back what was written"):
+        store.check_health()
 
 
-def test_sweep_leaves_a_live_upload_of_this_process_however_old(make_store: Callable[..., Storage]) -> None:
-    store = make_store()
-    upload = begin(store, NEW)
-    os.utime(upload.path, (0, 0))
-    for sweeper in (store, make_store()):
-        sweeper.sweep()
-    assert upload.path.read_bytes() == NEW
-    assert finish(store, upload) == "stored"
-    upload.discard()
+@pytest.mark.usefixtures("fresh_health")
+def test_health_says_that_no_room_is_left(make_store: MakeStore) -> None:
+    with pytest.raises(InsufficientStorage, match="no room"):
+        make_store(min_free_space=1 << 60).check_health()
 
 
-def test_sweep_happens_at_the_start(make_store: Callable[..., Storage]) -> None:
-    store = make_store()
-    leave(store, f"{of_this_host(store)}-dead")
-    make_store()
-    assert incoming(store) == []
-
-
-def test_sweep_happens_now_and_then(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = leave(store, f"{of_this_host(store)}-dead")
-    store.new_upload().discard()
-    assert left.exists()
-    later = time.monotonic() + HOUR
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    store.new_upload().discard()
-    assert incoming(store) == []
-
-
-def test_sweep_works_in_a_folder_with_a_comma_in_its_path(make_store: Callable[..., Storage], tmp_path: Path) -> None:
-    store = make_store(tmp_path / "data,2015" / "of,all")
-    leave(store, f"{of_this_host(store)}-dead")
-    store.sweep()
-    assert incoming(store) == []
-
-
-def test_sweep_tells_other_hosts_uploads_by_their_age(store: Storage) -> None:
-    young = leave(store, "0f0f0f0f-young", age=HOUR / 2)
-    old = leave(store, "0f0f0f0f-old", age=HOUR * 2)
-    store.sweep()
-    assert (young.exists(), old.exists()) == (True, False)
-
-
-def test_sweep_leaves_another_hosts_old_upload_that_is_locked(store: Storage) -> None:
-    path = leave(store, "0f0f0f0f-old", age=HOUR * 2)
-    with path.open("rb") as file:
+@pytest.mark.usefixtures("fresh_health")
+def test_health_says_that_the_lock_is_held(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_HEALTH_LOCK_TIMEOUT", 0.1)
+    store.check_health()
+    with (store.folder / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        store.sweep()
-        assert path.exists()
-    store.sweep()
-    assert not path.exists()
+        with pytest.raises(StorageUnavailable, match="held its lock"):
+            store.check_health()
 
 
-def test_sweep_goes_by_age_alone_on_file_systems_without_locks(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = of_this_host(store)
-
-    def no_locks(fd: Any, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    young, old = leave(store, f"{host}-young"), leave(store, f"{host}-old", age=HOUR * 2)
-    upload = begin(store, NEW)
-    store.sweep()
-    assert (young.exists(), old.exists(), upload.path.exists()) == (True, False, True)
-    assert finish(store, upload) == "stored"
-    upload.discard()
+@pytest.mark.usefixtures("fresh_health")
+@pytest.mark.parametrize("instead", [None, "file"])
+def test_health_knows_a_folder_that_is_gone(store: Storage, instead: str | None) -> None:
+    store.folder.rename(store.folder.with_name("away"))
+    if instead:
+        store.folder.touch()
+    for question in (store.check_health, store.file_names, lambda: store.open(NAME), lambda: commit(store, NEW)):
+        with pytest.raises(StorageUnavailable):
+            question()
+    assert not store.folder.is_dir()
 
 
-def die_between_set_aside_and_link(store: Storage, name: str, data: bytes) -> None:
-    """Do what a process does that is killed when the old file is set aside and the new one has no name yet."""
-    environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    program = """
-import os, sys
-from pathlib import Path
-from storage import Storage
-store = Storage(Path(sys.argv[1]), max_file_size=1 << 30, min_free_space=0, max_rejected=0)
-upload = store.new_upload()
-upload.write(sys.argv[3].encode())
-link = os.link
-def die_if_free(source, target):
-    if not os.path.lexists(target):
-        os._exit(9)
-    link(source, target)
-os.link = die_if_free
-store.accept(upload, {"run": 123, "filename": sys.argv[2]}, 0.0)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(store.folder), name, data.decode()], env=environ, check=False
-    )
-    assert run.returncode == 9
+# Root may write everywhere: it is told so without its capabilities only.
+WITHOUT_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
-@pytest.mark.parametrize("name", [NAME, LONG_NAME])
-def test_sweep_completes_a_replacement_that_was_cut_short(store: Storage, name: str) -> None:
-    accept(store, OLD, name)
-    die_between_set_aside_and_link(store, name, NEW)
-    assert visible(store.folder) == {}
-    store.sweep()
-    assert visible(store.folder) == {name: NEW}
-    assert list(hidden(store, ".replaced").values()) == [OLD]
-    assert incoming(store) == []
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+@pytest.mark.parametrize("name", ["", *HIDDEN])
+def test_health_knows_a_folder_that_is_read_only(store: Storage, name: str) -> None:
+    commit(store, OLD)
+    commit(store, NEW)
+    quarantine(store, OLD)
+    program = [
+        "import storage, sys, pathlib",
+        "store = storage.Storage(pathlib.Path(sys.argv[1]), max_file_size=9, min_free_space=0, max_rejected=0)",
+        "try: store.check_health()\nexcept storage.StorageError as error: print(error)",
+    ]
+    prefix = WITHOUT_CAPABILITIES if os.geteuid() == 0 else ()
+    (store.folder / name).chmod(0o555)
+    try:
+        command = [*prefix, sys.executable, "-c", "\n".join(program), str(store.folder)]
+        run = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    finally:
+        (store.folder / name).chmod(0o755)
+    said = run.stdout + run.stderr.strip().rpartition("\n")[2]
+    assert "Permission denied" in said or "may not be written" in said
 
 
-def test_sweep_never_overwrites_what_has_taken_the_name_since(store: Storage) -> None:
-    accept(store, OLD)
-    die_between_set_aside_and_link(store, NAME, NEW)
-    accept(store, b"somebody else's")
-    store.sweep()
-    assert visible(store.folder) == {NAME: b"somebody else's"}
-    assert incoming(store) == []
+# --- quarantine --------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_bears_whatever_lies_in_incoming(store: Storage, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_bytes(OLD)
-    folder = store.folder / ".incoming"
-    (folder / "0a-folder").mkdir()
-    (folder / "0b-link").symlink_to(elsewhere)
-    os.mkfifo(folder / "0c-pipe")
-    left = leave(store, f"{of_this_host(store)}-dead")
-    store.sweep()
-    assert not left.exists()
-    assert elsewhere.read_bytes() == OLD
-    assert visible(store.folder) == {}
+def test_quarantine_keeps_invalid_bytes_out_of_sight(store: Storage) -> None:
+    commit(store, OLD)
+    quarantine(store, NEW)
+    ((name, content),) = visible(store.folder / ".rejected").items()
+    assert (NAME in name, content) == (True, NEW)
+    assert (visible(store.folder), incoming(store.folder)) == ({NAME: OLD}, [])
 
 
-def test_upload_that_is_swept_before_its_lock_is_begun_anew(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    flock, swept = fcntl.flock, list[str]()
-
-    def flock_after_a_sweep(fd: Any, operation: int) -> None:
-        if not swept:
-            swept.append(os.readlink(f"/proc/self/fd/{fd}"))
-            os.unlink(swept[0])
-        flock(fd, operation)
-
-    monkeypatch.setattr(fcntl, "flock", flock_after_a_sweep)
-    upload = begin(store, NEW)
-    assert str(upload.path) != swept[0]
-    assert finish(store, upload) == "stored"
-    upload.discard()
-    assert visible(store.folder) == {NAME: NEW}
-
-
-# --- receipts ----------------------------------------------------------------------------------------------------------
-
-
-def test_receipts_are_a_line_each_and_a_file_per_run(store: Storage) -> None:
-    for number, run in enumerate([1, 2, 1]):
-        note(store, number, run, text="Ä\n")
-    assert (numbers(store, 1), numbers(store, 2)) == ([0, 2], [1])
-    assert receipts(store.folder, 2)[0]["text"] == "Ä\n"
-    assert sorted(hidden(store, ".receipts")) == ["1.jsonl", "2.jsonl"]
+@pytest.mark.parametrize(
+    ("bound", "sizes", "kept"),
+    [
+        (1000, [300] * 10, [7, 8, 9]),
+        (1000, [400, 600], [0, 1]),
+        (1000, [400, 600, 1], [1, 2]),
+        (1000, [400, 1001], [0]),
+        (1000, [900, 1000], [1]),
+        (0, [1], []),
+    ],
+)
+def test_quarantine_is_bounded_in_bytes(make_store: MakeStore, bound: int, sizes: list[int], kept: list[int]) -> None:
+    store = make_store(max_rejected=bound)
+    contents = [bytes([number]) * size for number, size in enumerate(sizes)]
+    for content in contents:
+        quarantine(store, content)
+    assert sorted(hidden(store.folder, ".rejected")) == [contents[number] for number in kept]
+    assert incoming(store.folder) == []
 
 
-@pytest.mark.parametrize("torn", [b'{"run": 1, "file', b"{", b"\0" * 100])
-def test_a_line_that_a_crash_has_torn_spoils_no_other(store: Storage, torn: bytes) -> None:
-    path = store.folder / ".receipts" / "1.jsonl"
-    note(store, 1)
-    with path.open("ab") as file:
-        file.write(torn)
-    for number in (2, 3):
-        note(store, number)
-    lines = path.read_bytes().split(b"\n")
-    assert [json.loads(line)["number"] for line in lines if line.endswith(b"}")] == [1, 2, 3]
-    assert lines[-1] == b""
+def test_quarantine_is_bounded_in_files(store: Storage) -> None:
+    quarantine(store, b"x")
+    (first,) = (store.folder / ".rejected").iterdir()
+    now = time.time_ns()
+    for number in range(1100):  # as it would lie there
+        (store.folder / ".rejected" / f"{now + number}.1.{NAME}.{number:08x}").write_bytes(b"y")
+    quarantine(store, b"z")
+    kept = hidden(store.folder, ".rejected")
+    assert (len(kept), b"z" in kept, first.exists()) == (1000, True, False)
 
 
-@pytest.mark.parametrize("written", [0, 1, 10])
-def test_a_receipt_that_finds_no_room_is_taken_back(
-    store: Storage, monkeypatch: pytest.MonkeyPatch, written: int
-) -> None:
-    path = store.folder / ".receipts" / "1.jsonl"
-    note(store, 1)
-    before, write = path.read_bytes(), os.write
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda fd, data: write(fd, data[:written]))
-        with pytest.raises(NoRoom):
-            note(store, 2)
-    assert path.read_bytes() == before
+def test_quarantine_bears_other_things_in_its_folder(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store(max_rejected=1000)
+    quarantine(store, b"a" * 900)
+    for number, kind in enumerate(KINDS):
+        KINDS[kind](store.folder / ".rejected" / f"strange {number}")
+    quarantine(store, b"b" * 900)
+    assert [path.read_bytes() for path in (store.folder / ".rejected").glob("1*")] == [b"b" * 900]
 
 
-def test_receipts_of_many_threads_do_not_mix(make_store: Callable[..., Storage]) -> None:
-    stores = [make_store() for _ in range(4)]
+def test_quarantine_bears_another_that_deletes(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, unlink = make_store(max_rejected=1000), os.unlink
+    quarantine(store, b"a" * 900)
 
-    def work(number: int) -> None:
-        for _ in range(20):
-            note(stores[number], number, filler="x" * 5000)
+    def unlink_twice(*arguments: Any, **more: Any) -> None:
+        unlink(*arguments, **more)
+        unlink(*arguments, **more)  # the other was faster: FileNotFoundError
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(numbers(stores[0])) == sorted(list(range(4)) * 20)
-
-
-def test_now_is_utc_and_sorts_as_text() -> None:
-    first = storage.now()
-    second = storage.now()
-    assert first <= second
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", first)
-    moment = datetime.fromisoformat(first.replace("Z", "+00:00"))
-    assert abs((datetime.now(timezone.utc) - moment).total_seconds()) < 60
+    monkeypatch.setattr(os, "unlink", unlink_twice)
+    quarantine(store, b"b" * 900)
+    assert hidden(store.folder, ".rejected") == [b"b" * 900]
 
 
 # --- giving back -------------------------------------------------------------------------------------------------------
 
 
-def test_names_are_those_of_accepted_files_sorted(store: Storage, tmp_path: Path) -> None:
+def test_names_are_those_of_accepted_files(store: Storage, tmp_path: Path) -> None:
     for name in (OTHER, NAME, LONG_NAME):
-        accept(store, NEW, name)
+        commit(store, NEW, name)
     for name in (
         "EMChistos_123_C_2015_11_24_18_04_10.root",  # the ZMQ receiver's
         "EMChistos_123_DQM_2015_11_24_18_04_10.root.part",
@@ -998,22 +858,44 @@ def test_names_are_those_of_accepted_files_sorted(store: Storage, tmp_path: Path
     (store.folder / "AAAhistos_1_DQM_2015_11_24_18_04_10.root").mkdir()
     (store.folder / "BBBhistos_1_DQM_2015_11_24_18_04_10.root").symlink_to(store.folder / NAME)
     os.mkfifo(store.folder / "CCChistos_1_DQM_2015_11_24_18_04_10.root")
-    assert store.names() == sorted([NAME, OTHER, LONG_NAME])
+    assert store.file_names() == sorted([NAME, OTHER, LONG_NAME])
 
 
-def test_names_can_be_narrowed_to_agents_and_runs(store: Storage) -> None:
+def test_names_can_be_narrowed(store: Storage) -> None:
     names = [file_name(agent, run, 0) for agent in ("E_M", "EM", "histos") for run in (1, 11)]
     for name in names:
-        accept(store, NEW, name)
-    assert store.names(lambda agent, run: agent == "E-M") == sorted(names[:2])
-    assert store.names(lambda agent, run: run == 1) == sorted(names[::2])
-    assert store.names(lambda agent, run: (agent, run) == ("histos", 11)) == [names[5]]
-    assert store.names(lambda agent, run: False) == []
+        commit(store, NEW, name)
+    assert store.file_names(lambda agent, run: agent == "E-M") == sorted(names[:2])
+    assert store.file_names(lambda agent, run: run == 1) == sorted(names[::2])
+    assert store.file_names(lambda agent, run: (agent, run) == ("histos", 11)) == [names[5]]
+    assert store.file_names(lambda agent, run: False) == []
+    assert [storage.run_of(name) for name in (names[1], NAME, "combined.root")] == [11, 123, None]
+
+
+def test_many_files_are_listed_without_a_look_at_each(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [file_name("EMC", run, 0) for run in range(3_000)]
+    for name in names:
+        os.close(os.open(store.folder / name, os.O_WRONLY | os.O_CREAT))
+    seen: list[str] = []
+
+    def watch(call: str) -> None:
+        genuine = getattr(os, call)
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            seen.append(call)
+            return genuine(*arguments, **more)
+
+        monkeypatch.setattr(os, call, watched)
+
+    for call in ("stat", "lstat", "open", "fstat"):
+        watch(call)
+    assert store.file_names() == sorted(names)
+    assert len(seen) < 20
 
 
 def test_names_bear_files_that_vanish(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept(store, OLD, NAME)
-    accept(store, NEW, OTHER)
+    commit(store, OLD, NAME)
+    commit(store, NEW, OTHER)
     scandir = os.scandir
 
     class Entries:
@@ -1030,7 +912,7 @@ def test_names_bear_files_that_vanish(store: Storage, monkeypatch: pytest.Monkey
 
     class Entry:
         def __init__(self, entry: os.DirEntry[str]) -> None:
-            self.name, self.path = entry.name, entry.path
+            self.name, self.path = entry.name, store.folder / entry.name
 
         def is_file(self, *, follow_symlinks: bool = True) -> bool:
             if self.name == NAME:
@@ -1041,11 +923,11 @@ def test_names_bear_files_that_vanish(store: Storage, monkeypatch: pytest.Monkey
                 return False
 
     monkeypatch.setattr(os, "scandir", Entries)
-    assert store.names() == [OTHER]
+    assert store.file_names() == [OTHER]
 
 
 def test_open_gives_any_visible_regular_file(store: Storage) -> None:
-    accept(store, NEW)
+    commit(store, NEW)
     (store.folder / "from_zmq.root").write_bytes(OLD)
     with store.open(NAME) as file, store.open("from_zmq.root") as other:
         assert (file.read(), other.read()) == (NEW, OLD)
@@ -1077,11 +959,11 @@ def test_open_gives_any_visible_regular_file(store: Storage) -> None:
         "\0",
         "x" * 256,
         "x" * 5000,
-        "\udcff\ud800",
+        "\udcff",
     ],
 )
 def test_open_gives_nothing_else(store: Storage, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept(store, NEW)
+    commit(store, NEW)
     (tmp_path / "outside.root").write_bytes(OLD)
     (store.folder / ".hidden").write_bytes(OLD)
     (store.folder / "sub").mkdir()
@@ -1093,66 +975,29 @@ def test_open_gives_nothing_else(store: Storage, name: str, tmp_path: Path, monk
     monkeypatch.chdir(store.folder)  # a socket's path may not be long
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")
-        with pytest.raises(NoSuchFile, match="There is no file"):
+        with pytest.raises(FileNotStored, match="There is no file"):
             store.open(name)
 
 
-def test_open_follows_no_link_put_in_place_of_a_file(store: Storage, tmp_path: Path) -> None:
-    accept(store, NEW)
+def test_open_follows_no_link_in_a_files_place(store: Storage, tmp_path: Path) -> None:
+    commit(store, NEW)
     (tmp_path / "outside.root").write_bytes(OLD)
     (store.folder / NAME).unlink()
     (store.folder / NAME).symlink_to(tmp_path / "outside.root")
-    with pytest.raises(NoSuchFile):
+    with pytest.raises(FileNotStored):
         store.open(NAME)
 
 
 def test_a_file_that_vanishes_can_be_read_to_its_end(store: Storage) -> None:
-    accept(store, NEW)
+    commit(store, NEW)
     with store.open(NAME) as file:
         (store.folder / NAME).unlink()
         assert file.read() == NEW
 
 
-@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, OSError), (errno.EMFILE, Unavailable)])
-def test_open_does_not_take_a_fault_for_an_absent_file(
-    store: Storage, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[Exception]
-) -> None:
-    accept(store, NEW)
-
-    def fail(*arguments: Any, **more: Any) -> int:
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", fail)
-        with pytest.raises(raised, match=os.strerror(number)):
-            store.open(NAME)
-
-
-# --- the folder itself -------------------------------------------------------------------------------------------------
-
-
-def test_the_folder_and_its_hidden_ones_are_made(make_store: Callable[..., Storage], tmp_path: Path) -> None:
-    store = make_store(tmp_path / "a" / "b")
-    assert sorted(path.name for path in store.folder.iterdir()) == [".incoming", ".receipts", ".rejected", ".replaced"]
-    make_store(tmp_path / "a" / "b")
-
-
-def test_a_relative_folder_stays_where_it_was_when_the_process_moves(
-    make_store: Callable[..., Storage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    store = make_store(Path("relative"))
-    monkeypatch.chdir("/")
-    accept(store, NEW)
-    assert visible(tmp_path / "relative") == {NAME: NEW}
-
-
-def test_what_lies_in_the_folder_already_is_left_alone(make_store: Callable[..., Storage], folder: Path) -> None:
-    folder.mkdir()
-    (folder / "from_zmq.root").write_bytes(OLD)
-    (folder / ".hidden").write_bytes(OLD)
-    store = make_store()
-    accept(store, NEW)
-    store.sweep()
-    assert visible(folder) == {"from_zmq.root": OLD, NAME: NEW}
-    assert (folder / ".hidden").read_bytes() == OLD
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE], ids=errno.errorcode.__getitem__)
+def test_open_takes_no_fault_for_absence(store: Storage, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    commit(store, NEW)
+    with monkeypatch.context() as patch, pytest.raises(StorageUnavailable, match=os.strerror(number)):
+        patch.setattr(os, "open", failing(number))
+        store.open(NAME)
