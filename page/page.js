@@ -55,10 +55,11 @@ function localDay(date) {
   return `${date.getFullYear()}-${twoDigits(date.getMonth() + 1)}-${twoDigits(date.getDate())}`;
 }
 
+const timeOfDay = (date) => [date.getHours(), date.getMinutes(), date.getSeconds()].map(twoDigits).join(":");
+
 /** The local time; the day, too, unless it is today. */
 function localTime(date) {
-  const time = [date.getHours(), date.getMinutes(), date.getSeconds()].map(twoDigits).join(":");
-  return localDay(date) === localDay(new Date(now())) ? time : `${localDay(date)} ${time}`;
+  return localDay(date) === localDay(new Date(now())) ? timeOfDay(date) : `${localDay(date)} ${timeOfDay(date)}`;
 }
 
 const utcTime = (date) => date.toISOString().replace("T", " ").replace(/\.\d+Z$/, " UTC");
@@ -72,7 +73,7 @@ function duration(seconds) {
 
 const secondsSince = (date) => (now() - date.getTime()) / 1000;
 
-/** A <time> element in local time with UTC on hover; `before` and `after` make it "silent for 12 min". */
+/** A <time> element with UTC on hover; `kind` is "at" (local), "time" (without the day), "ago" ("12 s ago") or "for" ("12 s"). */
 function timeElement(date, kind = "at") {
   if (!date || Number.isNaN(date.getTime())) return "–";
   const element = make("time", { datetime: date.toISOString(), title: utcTime(date), "data-kind": kind });
@@ -80,16 +81,22 @@ function timeElement(date, kind = "at") {
   return element;
 }
 
+/** From then to then; the day is not said twice. */
+function timeSpan(first, last) {
+  if (!first || !last) return "–";
+  return [timeElement(first), " to ", timeElement(last, localDay(first) === localDay(last) ? "time" : "at")];
+}
+
 function timeText(date, kind) {
   if (kind === "ago") return `${duration(secondsSince(date))} ago`;
   if (kind === "for") return duration(secondsSince(date));
-  return localTime(date);
+  return kind === "time" ? timeOfDay(date) : localTime(date);
 }
 
 /** Let "12 s ago" grow. */
 function tick() {
   if (document.hidden) return;
-  for (const element of document.querySelectorAll("time:not([data-kind=at])")) {
+  for (const element of document.querySelectorAll("time:is([data-kind=ago], [data-kind=for])")) {
     const text = timeText(new Date(element.dateTime), element.dataset.kind);
     if (element.textContent !== text) element.textContent = text;
   }
@@ -385,7 +392,7 @@ class RunView {
     const agents = Object.values(this.summary.agents);
     const last = latest(agents.map((agent) => agent.last_arrival));
     const files = sum(agents, "files");
-    replaceIfChanged(this.facts, [
+    replaceIfChanged(this.facts, agents.length > 0 && [
       `${plural(files, "file")}, ${formatBytes(sum(agents, "bytes"))} from ${plural(agents.length, "agent")}`,
       last && ["; the last ", timeElement(last, "ago")],
     ]);
@@ -403,7 +410,7 @@ function latest(times) {
 }
 
 function replaceIfChanged(element, children) {
-  const fresh = make(element.tagName, {}, children.flat());
+  const fresh = make(element.tagName, {}, children);
   if (element.innerHTML !== fresh.innerHTML) element.replaceChildren(...fresh.childNodes);
 }
 
@@ -511,7 +518,7 @@ class AgentsPanel {
         agent.rejected ? new Cell("bad", uploads({ outcome: "rejected" }, agent.rejected.toLocaleString("en"))) : count(0),
         count(agent.duplicates),
         count(agent.reused),
-        agent.last_time_stamp === null ? "–" : [timeElement(fromUnix(agent.first_time_stamp)), " to ", timeElement(fromUnix(agent.last_time_stamp))],
+        timeSpan(fromUnix(agent.first_time_stamp), fromUnix(agent.last_time_stamp)),
       ],
     };
   }
@@ -1617,8 +1624,7 @@ function askForToken(message) {
   view?.close?.();
   view = undefined;
   byId("main").replaceChildren();
-  byId("layout").hidden = byId("forget").hidden = true;
-  byId("token-form").hidden = false;
+  showParts(false);
   byId("token-error").textContent = given && message ? message : "";
   byId("state").replaceChildren();
   delete byId("state").dataset.kind;
@@ -1626,9 +1632,14 @@ function askForToken(message) {
   byId("token").focus();
 }
 
+/** Show the data's parts of the page, or else the form for the token. */
+function showParts(withData) {
+  for (const id of ["layout", "forget", "views"]) byId(id).hidden = !withData;
+  byId("token-form").hidden = withData;
+}
+
 function start() {
-  byId("token-form").hidden = true;
-  byId("layout").hidden = byId("forget").hidden = false;
+  showParts(true);
   byId("layout").before(notice.element);
   route({ focus: false });
 }
