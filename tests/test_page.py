@@ -21,7 +21,7 @@ pytest.importorskip("playwright")
 from browser import AXE, Chromium, Tab, jsroot_folder, npm_package
 from playwright.sync_api import Page, expect
 
-expect.set_options(timeout=6_000)
+expect.set_options(timeout=20_000)
 
 RUN = 300005
 LONG_AGENT = "L" + "o" * 62 + "ng"[:1]
@@ -472,7 +472,7 @@ def test_only_the_page_is_given_out(server: Server) -> None:
 
 # --- for people --------------------------------------------------------------------------------------------------------
 
-VIEWS = [f"#run={RUN}", f"#run={RUN}&part=uploads", f"#run={RUN}&part=files", "#uploads", f"#file={NAME}"]
+VIEWS = [f"#run={RUN}", f"#run={RUN}&part=uploads", f"#run={RUN}&part=files", "#uploads&agent=HLT", f"#file={NAME}"]
 
 
 @pytest.fixture(scope="module")
