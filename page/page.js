@@ -20,9 +20,12 @@ const byId = (id) => document.getElementById(id);
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== undefined && value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+    if (value !== undefined && value !== null && value !== false)
+      element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== false && child !== null && child !== undefined));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== false && child !== null && child !== undefined),
+  );
   return element;
 }
 
@@ -41,7 +44,11 @@ const plural = (count, one, many = one + "s") => `${count.toLocaleString("en")} 
 function formatBytes(bytes) {
   if (bytes === null || bytes === undefined) return "–";
   if (bytes < 1000) return `${bytes} B`;
-  const [unit, size] = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]].find(([, least]) => bytes >= least);
+  const [unit, size] = [
+    ["GB", 1e9],
+    ["MB", 1e6],
+    ["kB", 1e3],
+  ].find(([, least]) => bytes >= least);
   return `${(bytes / size).toFixed(bytes < size * 10 ? 2 : bytes < size * 100 ? 1 : 0)} ${unit}`;
 }
 
@@ -55,13 +62,18 @@ function localDay(date) {
   return `${date.getFullYear()}-${twoDigits(date.getMonth() + 1)}-${twoDigits(date.getDate())}`;
 }
 
+const timeOfDay = (date) => [date.getHours(), date.getMinutes(), date.getSeconds()].map(twoDigits).join(":");
+
 /** The local time; the day, too, unless it is today. */
 function localTime(date) {
-  const time = [date.getHours(), date.getMinutes(), date.getSeconds()].map(twoDigits).join(":");
-  return localDay(date) === localDay(new Date(now())) ? time : `${localDay(date)} ${time}`;
+  return localDay(date) === localDay(new Date(now())) ? timeOfDay(date) : `${localDay(date)} ${timeOfDay(date)}`;
 }
 
-const utcTime = (date) => date.toISOString().replace("T", " ").replace(/\.\d+Z$/, " UTC");
+const utcTime = (date) =>
+  date
+    .toISOString()
+    .replace("T", " ")
+    .replace(/\.\d+Z$/, " UTC");
 
 function duration(seconds) {
   if (seconds < 100) return `${Math.max(0, Math.floor(seconds))} s`;
@@ -72,7 +84,7 @@ function duration(seconds) {
 
 const secondsSince = (date) => (now() - date.getTime()) / 1000;
 
-/** A <time> element in local time with UTC on hover; `before` and `after` make it "silent for 12 min". */
+/** A <time> element with UTC on hover; `kind`: "at" (local), "time" (without the day), "ago" ("12 s ago"), "for" ("12 s"). */
 function timeElement(date, kind = "at") {
   if (!date || Number.isNaN(date.getTime())) return "–";
   const element = make("time", { datetime: date.toISOString(), title: utcTime(date), "data-kind": kind });
@@ -80,16 +92,22 @@ function timeElement(date, kind = "at") {
   return element;
 }
 
+/** From then to then; the day is not said twice. */
+function timeSpan(first, last) {
+  if (!first || !last) return "–";
+  return [timeElement(first), " to ", timeElement(last, localDay(first) === localDay(last) ? "time" : "at")];
+}
+
 function timeText(date, kind) {
   if (kind === "ago") return `${duration(secondsSince(date))} ago`;
   if (kind === "for") return duration(secondsSince(date));
-  return localTime(date);
+  return kind === "time" ? timeOfDay(date) : localTime(date);
 }
 
 /** Let "12 s ago" grow. */
 function tick() {
   if (document.hidden) return;
-  for (const element of document.querySelectorAll("time:not([data-kind=at])")) {
+  for (const element of document.querySelectorAll("time:is([data-kind=ago], [data-kind=for])")) {
     const text = timeText(new Date(element.dateTime), element.dataset.kind);
     if (element.textContent !== text) element.textContent = text;
   }
@@ -184,7 +202,10 @@ class Uploads {
   }
 
   async refresh() {
-    const page = await getJsonOr({ receipts: [], before: null }, query(this.path, { limit: UPLOADS_AT_ONCE, ...this.filter }));
+    const page = await getJsonOr(
+      { receipts: [], before: null },
+      query(this.path, { limit: UPLOADS_AT_ONCE, ...this.filter }),
+    );
     const overlaps = page.before === null || page.receipts.some((receipt) => this.receipts.has(receipt.id));
     if (!overlaps || this.before === undefined) {
       this.receipts.clear(); // more has come meanwhile than fits one page
@@ -228,7 +249,9 @@ class LiveTable {
     Object.assign(this, { columns, row, noun, holds, items: [], waiting: null });
     this.body = make("tbody", { role: "rowgroup" });
     this.foot = make("tfoot", { role: "rowgroup" });
-    const names = columns.map((column) => make("th", { scope: "col", role: "columnheader", class: column.class }, column.name));
+    const names = columns.map((column) =>
+      make("th", { scope: "col", role: "columnheader", class: column.class }, column.name),
+    );
     this.table = make(
       "table",
       { role: "table" },
@@ -311,13 +334,18 @@ function updateCell(row, index, content, column) {
   const contents = [content].flat(Infinity).filter((part) => part !== false && part !== null && part !== undefined);
   const blank = contents.length === 0 || contents.every((part) => part === "");
   const kind = contents.find((part) => part instanceof Cell)?.kind;
-  const cell = make(tag, {
-    role,
-    scope: index === 0 && "row",
-    class: [column.class, blank && "blank", contents[0]?.className === "zero" && "none"].filter(Boolean).join(" ") || null,
-    "data-label": index > 0 && column.name,
-    "data-kind": kind,
-  }, contents.map((part) => (part instanceof Cell ? part.contents : part)));
+  const cell = make(
+    tag,
+    {
+      role,
+      scope: index === 0 && "row",
+      class:
+        [column.class, blank && "blank", contents[0]?.className === "zero" && "none"].filter(Boolean).join(" ") || null,
+      "data-label": index > 0 && column.name,
+      "data-kind": kind,
+    },
+    contents.map((part) => (part instanceof Cell ? part.contents : part)),
+  );
   const before = row.cells[index];
   if (!before) row.append(cell);
   else if (!before.isEqualNode(cell)) before.replaceWith(cell);
@@ -333,7 +361,11 @@ class Cell {
 
 const mark = (kind, ...children) => make("span", { class: "mark", "data-kind": kind }, children);
 const count = (number, kind) =>
-  number === 0 ? make("span", { class: "zero" }, "0") : kind ? new Cell(kind, number.toLocaleString("en")) : number.toLocaleString("en");
+  number === 0
+    ? make("span", { class: "zero" }, "0")
+    : kind
+      ? new Cell(kind, number.toLocaleString("en"))
+      : number.toLocaleString("en");
 
 // --- one run ---------------------------------------------------------------------------------------------------------
 
@@ -385,10 +417,13 @@ class RunView {
     const agents = Object.values(this.summary.agents);
     const last = latest(agents.map((agent) => agent.last_arrival));
     const files = sum(agents, "files");
-    replaceIfChanged(this.facts, [
-      `${plural(files, "file")}, ${formatBytes(sum(agents, "bytes"))} from ${plural(agents.length, "agent")}`,
-      last && ["; the last ", timeElement(last, "ago")],
-    ]);
+    replaceIfChanged(
+      this.facts,
+      agents.length > 0 && [
+        `${plural(files, "file")}, ${formatBytes(sum(agents, "bytes"))} from ${plural(agents.length, "agent")}`,
+        last && ["; the last ", timeElement(last, "ago")],
+      ],
+    );
     updateList(this.problems, agents.length || this.summary.missing.length ? findProblems(this) : []);
     replaceIfChanged(this.tabs.agents, [`Agents (${agents.length + this.summary.missing.length})`]);
     this.panel.showSummary?.(this.summary);
@@ -403,7 +438,7 @@ function latest(times) {
 }
 
 function replaceIfChanged(element, children) {
-  const fresh = make(element.tagName, {}, children.flat());
+  const fresh = make(element.tagName, {}, children);
   if (element.innerHTML !== fresh.innerHTML) element.replaceChildren(...fresh.childNodes);
 }
 
@@ -432,24 +467,59 @@ function stateOfAgent(agent, isCurrent) {
 /** The lines above the tables: what is wrong, the worst first, or that nothing is. */
 function findProblems(view) {
   const { agents, missing } = view.summary;
-  const entries = Object.entries(agents).map(([name, agent]) => ({ name, agent, state: stateOfAgent(agent, view.isCurrent) }));
+  const entries = Object.entries(agents).map(([name, agent]) => ({
+    name,
+    agent,
+    state: stateOfAgent(agent, view.isCurrent),
+  }));
   const named = (found) => found.map(({ name }, index) => [index > 0 && ", ", foreign(name)]).flat();
   const problems = [];
-  const say = (kind, title, ...text) => problems.push(make("li", { "data-kind": kind }, make("strong", {}, title), " ", text));
+  const say = (kind, title, ...text) =>
+    problems.push(make("li", { "data-kind": kind }, make("strong", {}, title), " ", text));
   const unaccepted = entries.filter(({ state }) => state.short === "nothing accepted");
   const silent = entries.filter(({ state }) => state.short === "silent");
   const rejected = sum(Object.values(agents), "rejected");
   const why = make("a", { href: view.address({ part: "uploads", agent: "", outcome: "rejected" }) }, "See why");
-  if (missing.length) say("bad", `${missing.length} missing:`, named(missing.map((name) => ({ name }))), missing.length === 1 ? " has sent nothing." : " have sent nothing.");
+  if (missing.length)
+    say(
+      "bad",
+      `${missing.length} missing:`,
+      named(missing.map((name) => ({ name }))),
+      missing.length === 1 ? " has sent nothing." : " have sent nothing.",
+    );
   if (unaccepted.length) say("bad", "Nothing accepted:", named(unaccepted), ". ", why.cloneNode(true));
-  if (rejected) say("warn", `${rejected.toLocaleString("en")} rejected:`, named(entries.filter(({ agent }) => agent.rejected)), ". ", why);
-  if (silent.length && silent.length === entries.filter(({ state }) => ["silent", "sending"].includes(state.short)).length) {
+  if (rejected)
+    say(
+      "warn",
+      `${rejected.toLocaleString("en")} rejected:`,
+      named(entries.filter(({ agent }) => agent.rejected)),
+      ". ",
+      why,
+    );
+  if (
+    silent.length &&
+    silent.length === entries.filter(({ state }) => ["silent", "sending"].includes(state.short)).length
+  ) {
     const last = latest(silent.map(({ agent }) => agent.last_arrival));
-    say("warn", "Nothing arrives:", "the last file came ", timeElement(last, "ago"), ", and not all agents have ended.");
+    say(
+      "warn",
+      "Nothing arrives:",
+      "the last file came ",
+      timeElement(last, "ago"),
+      ", and not all agents have ended.",
+    );
   } else if (silent.length) say("warn", `${silent.length} silent:`, named(silent), ".");
   if (!problems.length) {
     const open = entries.filter(({ state }) => state.kind !== "done").length;
-    say("good", "All is well:", open === 0 ? "every agent has ended." : view.isCurrent ? `${plural(open, "agent")} sending, nothing rejected, nothing silent.` : "nothing was rejected.");
+    say(
+      "good",
+      "All is well:",
+      open === 0
+        ? "every agent has ended."
+        : view.isCurrent
+          ? `${plural(open, "agent")} sending, nothing rejected, nothing silent.`
+          : "nothing was rejected.",
+    );
   }
   return problems;
 }
@@ -486,19 +556,28 @@ class AgentsPanel {
     items.sort((one, other) => compare(one.name, other.name));
     this.table.show(items);
     const all = Object.values(agents);
-    this.table.total(all.length > 1 && {
-      key: "total",
-      cells: [
-        "All", "", "", sum(all, "files").toLocaleString("en"), formatBytes(sum(all, "bytes")),
-        ...["rejected", "duplicates", "reused"].map((name) => sum(all, name).toLocaleString("en")), "",
-      ],
-    });
+    this.table.total(
+      all.length > 1 && {
+        key: "total",
+        cells: [
+          "All",
+          "",
+          "",
+          sum(all, "files").toLocaleString("en"),
+          formatBytes(sum(all, "bytes")),
+          ...["rejected", "duplicates", "reused"].map((name) => sum(all, name).toLocaleString("en")),
+          "",
+        ],
+      },
+    );
   }
 
   row({ name, agent }) {
-    if (!agent) return { key: name, kind: "bad", cells: [foreign(name), mark("bad", "missing"), "", "", "", "", "", "", ""] };
+    if (!agent)
+      return { key: name, kind: "bad", cells: [foreign(name), mark("bad", "missing"), "", "", "", "", "", "", ""] };
     const state = stateOfAgent(agent, this.view.isCurrent);
-    const uploads = (changes, text) => make("a", { href: this.view.address({ part: "uploads", agent: name, ...changes }) }, text);
+    const uploads = (changes, text) =>
+      make("a", { href: this.view.address({ part: "uploads", agent: name, ...changes }) }, text);
     return {
       key: name,
       kind: state.kind === "bad" && "bad",
@@ -508,10 +587,12 @@ class AgentsPanel {
         agent.last_arrival ? timeElement(new Date(agent.last_arrival), "ago") : "–",
         count(agent.files),
         formatBytes(agent.bytes),
-        agent.rejected ? new Cell("bad", uploads({ outcome: "rejected" }, agent.rejected.toLocaleString("en"))) : count(0),
+        agent.rejected
+          ? new Cell("bad", uploads({ outcome: "rejected" }, agent.rejected.toLocaleString("en")))
+          : count(0),
         count(agent.duplicates),
         count(agent.reused),
-        agent.last_time_stamp === null ? "–" : [timeElement(fromUnix(agent.first_time_stamp)), " to ", timeElement(fromUnix(agent.last_time_stamp))],
+        timeSpan(fromUnix(agent.first_time_stamp), fromUnix(agent.last_time_stamp)),
       ],
     };
   }
@@ -567,9 +648,16 @@ class UploadsPanel {
     });
     this.agents = new Set(view.agent ? [view.agent] : []);
     this.agentSelect = make("select", { id: "filter-agent" });
-    this.outcomeSelect = make("select", { id: "filter-outcome" }, option("", "all", view.outcome), Object.keys(OUTCOMES).map((name) => option(name, name, view.outcome)));
+    this.outcomeSelect = make(
+      "select",
+      { id: "filter-outcome" },
+      option("", "all", view.outcome),
+      Object.keys(OUTCOMES).map((name) => option(name, name, view.outcome)),
+    );
     for (const select of [this.agentSelect, this.outcomeSelect]) {
-      select.addEventListener("change", () => replaceAddress(view.address({ agent: this.agentSelect.value, outcome: this.outcomeSelect.value })));
+      select.addEventListener("change", () =>
+        replaceAddress(view.address({ agent: this.agentSelect.value, outcome: this.outcomeSelect.value })),
+      );
     }
     this.showAgents([]);
     this.more = make("button", { type: "button", hidden: true }, "Older uploads");
@@ -597,7 +685,10 @@ class UploadsPanel {
     for (const name of names) this.agents.add(name);
     if (this.agents.size === before && this.agentSelect.options.length) return;
     const chosen = this.agentSelect.options.length ? this.agentSelect.value : this.view.agent;
-    this.agentSelect.replaceChildren(option("", "all", chosen), ...[...this.agents].sort().map((name) => option(name, name, chosen)));
+    this.agentSelect.replaceChildren(
+      option("", "all", chosen),
+      ...[...this.agents].sort().map((name) => option(name, name, chosen)),
+    );
   }
 
   async refresh() {
@@ -628,7 +719,9 @@ class UploadsPanel {
         make("span", { title: outcome.title }, mark(outcome.kind, outcome.text)),
         ...(ofAll ? [link({ run: receipt.run }, String(receipt.run))] : []),
         foreign(receipt.agent ?? "–"),
-        rejected ? make("span", { class: "reason" }, reasonInWords(receipt)) : link({ file: receipt.filename }, foreign(receipt.filename)),
+        rejected
+          ? make("span", { class: "reason" }, reasonInWords(receipt))
+          : link({ file: receipt.filename }, foreign(receipt.filename)),
         formatBytes(receipt.size),
         receipt.objects === null || receipt.objects === undefined ? "–" : receipt.objects.toLocaleString("en"),
         foreign(receipt.sender ?? "–"),
@@ -639,7 +732,12 @@ class UploadsPanel {
 
 function reasonInWords({ reason_class: kind, reason }) {
   const words = Object.hasOwn(REASONS, kind ?? "") ? REASONS[kind] : kind;
-  return [words && foreign(words), words && reason && ": ", reason && foreign(reason), !words && !reason && "No reason was given"];
+  return [
+    words && foreign(words),
+    words && reason && ": ",
+    reason && foreign(reason),
+    !words && !reason && "No reason was given",
+  ];
 }
 
 const option = (value, text, chosen) => make("option", { value, selected: value === (chosen ?? "") }, text);
@@ -660,7 +758,13 @@ class AllUploadsView {
   constructor({ agent, outcome } = {}) {
     Object.assign(this, { agent, outcome, title: "All uploads" });
     this.panel = new UploadsPanel(this);
-    this.element = make("div", {}, make("div", { class: "head" }, make("h1", { tabindex: -1 }, this.title)), make("p", { class: "facts alone" }, "What is arriving now, and what was rejected, and why."), this.panel.element);
+    this.element = make(
+      "div",
+      {},
+      make("div", { class: "head" }, make("h1", { tabindex: -1 }, this.title)),
+      make("p", { class: "facts alone" }, "What is arriving now, and what was rejected, and why."),
+      this.panel.element,
+    );
   }
 
   address({ agent, outcome }) {
@@ -686,7 +790,9 @@ class FilesPanel {
     this.table = new LiveTable({
       caption: `Files of run ${view.run} that Overwatch has not taken, newest first`,
       noun: "file",
-      empty: view.agent ? `No file of ${view.agent} is here: none came, or Overwatch has taken them.` : "No file is here: none came, or Overwatch has taken them.",
+      empty: view.agent
+        ? `No file of ${view.agent} is here: none came, or Overwatch has taken them.`
+        : "No file is here: none came, or Overwatch has taken them.",
       columns: [
         { name: "File", class: "long" },
         { name: "Time stamp", class: "when" },
@@ -713,7 +819,10 @@ class FilesPanel {
   showSummary({ agents }) {
     const names = [...new Set([...Object.keys(agents), ...(this.view.agent ? [this.view.agent] : [])])].sort();
     if (this.agents.options.length !== names.length + 1) {
-      this.agents.replaceChildren(option("", "all", this.view.agent), ...names.map((name) => option(name, name, this.view.agent)));
+      this.agents.replaceChildren(
+        option("", "all", this.view.agent),
+        ...names.map((name) => option(name, name, this.view.agent)),
+      );
     }
   }
 
@@ -733,12 +842,16 @@ class FilesPanel {
   /** The newest first, by the time in the name. */
   list() {
     const time = (name) => FILE_NAME.exec(name)?.groups.time ?? "";
-    return [...new Set([...this.names, ...this.older])].sort((one, other) => compare(time(other), time(one)) || compare(one, other));
+    return [...new Set([...this.names, ...this.older])].sort(
+      (one, other) => compare(time(other), time(one)) || compare(one, other),
+    );
   }
 
   items() {
     const receipts = receiptsByName(this.uploads);
-    return this.list().slice(0, this.shown).map((name) => ({ name, receipt: receipts.get(name) }));
+    return this.list()
+      .slice(0, this.shown)
+      .map((name) => ({ name, receipt: receipts.get(name) }));
   }
 
   /** Ask for older receipts while files that are shown lack theirs. */
@@ -771,10 +884,16 @@ class FilesPanel {
       cells: [
         link({ file: name }, foreign(name)),
         timeElement(fromUnix(receipt?.time_stamp)),
-        receipt ? timeElement(new Date(receipt.received_at)) : make("span", { title: "The receiver wrote no receipt of it, or it is too old" }, "no receipt"),
+        receipt
+          ? timeElement(new Date(receipt.received_at))
+          : make("span", { title: "The receiver wrote no receipt of it, or it is too old" }, "no receipt"),
         formatBytes(receipt?.size),
         sha256 ? make("code", { title: sha256 }, `${sha256.slice(0, 12)}…`) : "–",
-        make("button", { type: "button", class: "plain", "data-download": name, "aria-label": `Download ${name}` }, "Download"),
+        make(
+          "button",
+          { type: "button", class: "plain", "data-download": name, "aria-label": `Download ${name}` },
+          "Download",
+        ),
       ],
     };
   }
@@ -833,7 +952,12 @@ class FileView {
     this.element = make(
       "div",
       {},
-      make("div", { class: "head" }, make("h1", { tabindex: -1 }, foreign(name)), this.run !== undefined && link({ run: this.run, part: "files" }, `Run ${this.run}`)),
+      make(
+        "div",
+        { class: "head" },
+        make("h1", { tabindex: -1 }, foreign(name)),
+        this.run !== undefined && link({ run: this.run, part: "files" }, `Run ${this.run}`),
+      ),
       this.about,
       this.button,
       this.notice,
@@ -862,16 +986,27 @@ class FileView {
   showState() {
     const { receipt, file } = this;
     const facts = [
-      ["Size", file.size === undefined ? receipt && formatBytes(receipt.size) : `${formatBytes(file.size)} (${plural(file.size, "byte")})`],
+      [
+        "Size",
+        file.size === undefined
+          ? receipt && formatBytes(receipt.size)
+          : `${formatBytes(file.size)} (${plural(file.size, "byte")})`,
+      ],
       ["Agent", receipt && foreign(receipt.agent)],
       ["Time stamp", receipt && timeElement(fromUnix(receipt.time_stamp))],
       ["Received", receipt ? timeElement(new Date(receipt.received_at)) : file.modified && timeElement(file.modified)],
       ["SHA-256", receipt?.sha256 && make("code", {}, receipt.sha256)],
     ];
-    replaceIfChanged(this.about, facts.filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+    replaceIfChanged(
+      this.about,
+      facts.filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]),
+    );
     const state = {
-      gone: this.drawings ? "This file is no longer here: Overwatch has taken it away. What is drawn stays until you leave." : file.message ?? "There is no such file.",
-      replaced: "A different file has taken this name. What is drawn is of the file before it; load the page again to see the new one.",
+      gone: this.drawings
+        ? "This file is no longer here: Overwatch has taken it away. What is drawn stays until you leave."
+        : (file.message ?? "There is no such file."),
+      replaced:
+        "A different file has taken this name. What is drawn is of the file before it; load the page again for the new one.",
     }[file.error];
     this.button.disabled = file.error === "gone";
     this.notice.dataset.kind = "warn";
@@ -1000,11 +1135,12 @@ const COLLECTIONS = /^(TObjArray|TList|THashList|TClonesArray)$/;
 const DIRECTORIES = /^TDirectory(File)?$/;
 const FUNCTIONS = /^TF[123]$|^TF12$/;
 const DRAWN = new RegExp(
-  "^(T(H[123]|Profile|Graph|CutG|Efficiency|MultiGraph|HStack|Canvas|Pad|F[123]|F12|Scatter|Pie|Pave|Latex|MathText|Text|Line|PolyLine|" +
-    "PolyMarker|Marker|Ellipse|Arc|Arrow|Box|Wbox|Spline|RatioPlot|Legend|Crown|CurlyLine|CurlyArc|Gaxis|Annotation)|Roo(Plot|Hist|Curve))",
+  "^(T(H[123]|Profile|Graph|CutG|Efficiency|MultiGraph|HStack|Canvas|Pad|F[123]|F12|Scatter|Pie|Pave|Latex|MathText|" +
+    "Text|Line|PolyLine|PolyMarker|Marker|Ellipse|Arc|Arrow|Box|Wbox|Spline|RatioPlot|Legend|Crown|CurlyLine|CurlyArc|" +
+    "Gaxis|Annotation)|Roo(Plot|Hist|Curve))",
 );
 const HELPERS = /^T(PaletteAxis|Frame|Exec)$/; // not drawn, or harmless
-const PARTS_OF_OBJECTS = ["fPrimitives", "fFunctions", "fHists", "fGraphs", "fItems"]; // what JSROOT draws along with them
+const PARTS_OF_OBJECTS = ["fPrimitives", "fFunctions", "fHists", "fGraphs", "fItems"]; // drawn along with them
 
 /** Whether JSROOT may draw the class, or its first base that is known. (A TTree or a list becomes HTML there.) */
 function canBeDrawn(className, bases) {
@@ -1015,7 +1151,7 @@ function canBeDrawn(className, bases) {
   return false;
 }
 
-/** Make an object ready for JSROOT: take out what may not be drawn, wherever it would be found; return the functions among it. */
+/** Take out of an object what may not be drawn, wherever JSROOT would find it; return the functions that are not seen. */
 function prepare(object, bases, depth = 0) {
   if (!object || typeof object !== "object" || depth > DEEPEST) return [];
   for (const owner of [object, object.fXaxis, object.fYaxis, object.fZaxis]) {
@@ -1047,7 +1183,9 @@ function prepare(object, bases, depth = 0) {
 function utf8(text) {
   if (!/[\x80-\xff]/.test(text) || /[^\x00-\xff]/.test(text)) return text;
   try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(text, (character) => character.charCodeAt(0)));
+    return new TextDecoder("utf-8", { fatal: true }).decode(
+      Uint8Array.from(text, (character) => character.charCodeAt(0)),
+    );
   } catch {
     return text;
   }
@@ -1131,9 +1269,17 @@ class Drawings {
   showTop(keys) {
     const items = keyItems(keys, this);
     const search = make("input", { type: "search", id: "find", autocomplete: "off" });
-    search.addEventListener("input", debounced(() => this.find(search.value), 150));
+    search.addEventListener(
+      "input",
+      debounced(() => this.find(search.value), 150),
+    );
     this.element.append(
-      make("div", { class: "filter" }, make("h2", {}, plural(items.length, "object")), items.length > 8 && make("label", {}, "Name contains ", search)),
+      make(
+        "div",
+        { class: "filter" },
+        make("h2", {}, plural(items.length, "object")),
+        items.length > 8 && make("label", {}, "Name contains ", search),
+      ),
     );
     if (items.length === 0) this.element.append(make("p", { class: "empty" }, "No objects are listed in this file."));
     this.showItems(items, this.element);
@@ -1144,13 +1290,21 @@ class Drawings {
     const some = items.slice(from, from + CELLS_AT_ONCE);
     const single = some.filter((item) => !item.isGroup);
     if (single.length) {
-      const grid = make("div", { class: "grid" }, single.map((item) => this.makeCell(item)));
+      const grid = make(
+        "div",
+        { class: "grid" },
+        single.map((item) => this.makeCell(item)),
+      );
       parent.append(grid);
     }
     for (const item of some.filter((each) => each.isGroup)) parent.append(this.makeGroup(item, depth));
     const left = items.length - from - some.length;
     if (left <= 0) return;
-    const button = make("button", { type: "button" }, `Show ${Math.min(left, CELLS_AT_ONCE).toLocaleString("en")} more of ${plural(left, "object")}`);
+    const button = make(
+      "button",
+      { type: "button" },
+      `Show ${Math.min(left, CELLS_AT_ONCE).toLocaleString("en")} more of ${plural(left, "object")}`,
+    );
     const more = make("p", { class: "more" }, button);
     button.addEventListener("click", () => {
       more.remove();
@@ -1160,8 +1314,16 @@ class Drawings {
   }
 
   makeCell(item) {
-    const drawing = make("div", { class: "drawing", role: "img", "aria-label": `${item.name}, ${item.className}` }, make("div", { class: "message" }, "…"));
-    const large = make("button", { type: "button", class: "plain", hidden: true, "aria-label": `Larger: ${item.name}` }, "Larger");
+    const drawing = make(
+      "div",
+      { class: "drawing", role: "img", "aria-label": `${item.name}, ${item.className}` },
+      make("div", { class: "message" }, "…"),
+    );
+    const large = make(
+      "button",
+      { type: "button", class: "plain", hidden: true, "aria-label": `Larger: ${item.name}` },
+      "Larger",
+    );
     const figure = make(
       "figure",
       { class: "object" },
@@ -1170,7 +1332,12 @@ class Drawings {
         {},
         make("b", { title: item.name }, foreign(item.name || "(no name)")),
         large,
-        make("span", { class: "class", title: item.title }, foreign(item.className), item.title && item.title !== item.name && [" · ", foreign(item.title)]),
+        make(
+          "span",
+          { class: "class", title: item.title },
+          foreign(item.className),
+          item.title && item.title !== item.name && [" · ", foreign(item.title)],
+        ),
       ),
       drawing,
     );
@@ -1274,8 +1441,9 @@ class Drawings {
       return { message: utf8(text ?? "") || `An object of class ${object._typename ?? item.className} is not drawn.` };
     }
     const hidden = prepare(object, this.bases);
-    const why = `${hidden.join(", ")}: a function is drawn only where its points are saved in the file, as its formula is not run here.`;
-    if (hidden.length && FUNCTIONS.test(object._typename)) return { message: [object.fTitle && `${object.fTitle} — `, why].filter(Boolean).join("") };
+    const why = `${hidden.join(", ")}: a function is drawn only where its points are saved in the file; its formula is not run.`;
+    if (hidden.length && FUNCTIONS.test(object._typename))
+      return { message: [object.fTitle && `${object.fTitle} — `, why].filter(Boolean).join("") };
     return { note: hidden.length ? `Without ${why}` : undefined };
   }
 
@@ -1317,21 +1485,26 @@ function setState(cell, state) {
   cell.state = cell.figure.dataset.state = state;
 }
 
-/** What a directory lists, newest cycles only. JSROOT reads by name, which a `;` or `/` in it would mislead: so by key. */
+/** What a directory lists, newest cycles only, to be read by key: a `;` or `/` in a name misleads JSROOT. */
 function keyItems(keys, drawings) {
   const newest = new Map();
   for (const key of keys) {
     if (key.fName === "StreamerInfo" && key.fClassName === "TList") continue;
     const before = newest.get(key.fName);
     if (!before || before.fCycle < key.fCycle) newest.set(key.fName, key);
-    else if (before.fCycle === key.fCycle) newest.set(key, key); // JSROOT leaves quotes out of names: they may look the same
+    else if (before.fCycle === key.fCycle) newest.set(key, key); // the same name: JSROOT leaves out quotes
   }
   return [...newest.values()].map((key) => {
     const name = utf8(key.fName);
     const className = key.fClassName;
     const read = () => readKey(drawings.root, key);
     if (DIRECTORIES.test(className)) {
-      return { name, className, isGroup: true, members: async () => keyItems(await readDirectory(drawings.root, key), drawings) };
+      return {
+        name,
+        className,
+        isGroup: true,
+        members: async () => keyItems(await readDirectory(drawings.root, key), drawings),
+      };
     }
     if (COLLECTIONS.test(className)) {
       return { name, className, isGroup: true, members: async () => memberItems(await read()) };
@@ -1342,9 +1515,12 @@ function keyItems(keys, drawings) {
 
 function refusal(key, bases) {
   const className = key.fClassName;
-  if (/^(TTree|TNtupleD?|TChain|ROOT::RNTuple|ROOT::Experimental::RNTuple)$/.test(className)) return `A ${className} is not drawn: download the file.`;
-  if (!canBeDrawn(className, bases) && !/^T(ObjString|Named|Parameter)/.test(className)) return `An object of class ${className} is not drawn.`;
-  if (key.fObjlen > LARGEST_OBJECT) return `Too large to be drawn here (${formatBytes(key.fObjlen)}): download the file.`;
+  if (/^(TTree|TNtupleD?|TChain|ROOT::RNTuple|ROOT::Experimental::RNTuple)$/.test(className))
+    return `A ${className} is not drawn: download the file.`;
+  if (!canBeDrawn(className, bases) && !/^T(ObjString|Named|Parameter)/.test(className))
+    return `An object of class ${className} is not drawn.`;
+  if (key.fObjlen > LARGEST_OBJECT)
+    return `Too large to be drawn here (${formatBytes(key.fObjlen)}): download the file.`;
 }
 
 function memberItems(collection) {
@@ -1354,7 +1530,8 @@ function memberItems(collection) {
     const className = object._typename ?? "?";
     const name = utf8(object.fName || object.name || "") || `[${index}]`;
     const option = collection.opt?.[index];
-    if (COLLECTIONS.test(className)) return [{ name, className, isGroup: true, members: async () => memberItems(object) }];
+    if (COLLECTIONS.test(className))
+      return [{ name, className, isGroup: true, members: async () => memberItems(object) }];
     return [{ name, className, title: utf8(object.fTitle ?? ""), option, read: async () => object }];
   });
 }
@@ -1401,7 +1578,9 @@ async function showLarge(drawings, cell) {
     prepare(object, drawings.bases);
     await drawings.JSROOT.draw(drawing, object, drawOption(object, cell.item));
   } catch (error) {
-    const text = drawings.file.error ? "The file is no longer here." : `JSROOT could not draw it: ${failureInWords(error)}`;
+    const text = drawings.file.error
+      ? "The file is no longer here."
+      : `JSROOT could not draw it: ${failureInWords(error)}`;
     drawing.replaceChildren(make("div", { class: "message" }, text));
   }
 }
@@ -1450,9 +1629,20 @@ const runs = {
   },
 
   show() {
-    const items = [...this.numbers].sort((one, other) => other - one).map((run) =>
-      make("li", {}, make("a", { href: address({ run }), "aria-current": view?.run === run && "page" }, String(run), run === this.newest && make("span", { class: "newest" }, "newest arrivals"))),
-    );
+    const items = [...this.numbers]
+      .sort((one, other) => other - one)
+      .map((run) =>
+        make(
+          "li",
+          {},
+          make(
+            "a",
+            { href: address({ run }), "aria-current": view?.run === run && "page" },
+            String(run),
+            run === this.newest && make("span", { class: "newest" }, "newest arrivals"),
+          ),
+        ),
+      );
     updateList(byId("run-list"), items);
     byId("older-runs").hidden = this.before === null || this.before === undefined;
   },
@@ -1477,14 +1667,20 @@ class MessageView {
 
 function viewOf(hash) {
   const parameters = new URLSearchParams(hash.slice(1));
-  const filter = Object.fromEntries(["part", "agent", "outcome"].map((name) => [name, parameters.get(name) ?? undefined]));
+  const filter = Object.fromEntries(
+    ["part", "agent", "outcome"].map((name) => [name, parameters.get(name) ?? undefined]),
+  );
   if (parameters.has("file")) {
     const name = parameters.get("file");
-    return FILE_NAME.test(name) ? new FileView(name) : new MessageView("No such file", "The name in the address is not that of a file of this receiver.");
+    return FILE_NAME.test(name)
+      ? new FileView(name)
+      : new MessageView("No such file", "The name in the address is not that of a file of this receiver.");
   }
   if (parameters.has("run")) {
     const run = parameters.get("run");
-    return /^\d{1,10}$/.test(run) ? new RunView(Number(run), filter) : new MessageView("No such run", "The address does not name a run by its number.");
+    return /^\d{1,10}$/.test(run)
+      ? new RunView(Number(run), filter)
+      : new MessageView("No such run", "The address does not name a run by its number.");
   }
   if (parameters.has("uploads")) return new AllUploadsView(filter);
   return runs.newest === undefined
@@ -1497,7 +1693,10 @@ function show(next, { focus = false } = {}) {
   view = next;
   document.title = `${view.title} · DQM receiver`;
   byId("main").replaceChildren(view.element);
-  for (const [id, isShown] of [["to-current", follows], ["to-uploads", view instanceof AllUploadsView]]) {
+  for (const [id, isShown] of [
+    ["to-current", follows],
+    ["to-uploads", view instanceof AllUploadsView],
+  ]) {
     if (isShown) byId(id).setAttribute("aria-current", "page");
     else byId(id).removeAttribute("aria-current");
   }
@@ -1538,10 +1737,14 @@ function follow() {
 }
 
 for (const kind of ["pointermove", "pointerdown", "keydown", "wheel", "touchmove"]) {
-  document.addEventListener(kind, () => {
-    lastInput = Date.now();
-    if (kind === "pointermove") lastMove = lastInput;
-  }, { passive: true, capture: true });
+  document.addEventListener(
+    kind,
+    () => {
+      lastInput = Date.now();
+      if (kind === "pointermove") lastMove = lastInput;
+    },
+    { passive: true, capture: true },
+  );
 }
 
 // --- refreshing ------------------------------------------------------------------------------------------------------
@@ -1576,7 +1779,12 @@ function showFailure(error) {
     return showState("bad", "Connection lost ", timeElement(lostSince, "ago"), "; trying again");
   }
   if (!(error instanceof Refused)) console.error(error);
-  showState("bad", error instanceof Refused ? `The receiver refuses (${error.status}): ${error.message}` : `A fault of this page: ${error.message}`);
+  showState(
+    "bad",
+    error instanceof Refused
+      ? `The receiver refuses (${error.status}): ${error.message}`
+      : `A fault of this page: ${error.message}`,
+  );
 }
 
 function showState(kind, ...text) {
@@ -1617,8 +1825,7 @@ function askForToken(message) {
   view?.close?.();
   view = undefined;
   byId("main").replaceChildren();
-  byId("layout").hidden = byId("forget").hidden = true;
-  byId("token-form").hidden = false;
+  showParts(false);
   byId("token-error").textContent = given && message ? message : "";
   byId("state").replaceChildren();
   delete byId("state").dataset.kind;
@@ -1626,9 +1833,14 @@ function askForToken(message) {
   byId("token").focus();
 }
 
+/** Show the data's parts of the page, or else the form for the token. */
+function showParts(withData) {
+  for (const id of ["layout", "forget", "views"]) byId(id).hidden = !withData;
+  byId("token-form").hidden = withData;
+}
+
 function start() {
-  byId("token-form").hidden = true;
-  byId("layout").hidden = byId("forget").hidden = false;
+  showParts(true);
   byId("layout").before(notice.element);
   route({ focus: false });
 }
