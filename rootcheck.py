@@ -47,7 +47,7 @@ from second_reader import compare_with_uproot
 from streamer_info import MAX_SIZE as MAX_STREAMER_INFO
 from streamer_info import DamagedStreamerInfo, check_streamer_info
 
-__all__ = ["InvalidRootFile", "RootObject", "check_root_file", "main"]
+__all__ = ["InvalidRootFile", "RootObject", "check_root_file", "escape", "main"]
 
 # Limits on what a file may ask of us; no honest file comes near them. Those on inflating are in inflate.py.
 MAX_KEYS = 200_000
@@ -108,7 +108,7 @@ def _report(keys: dict[int, Key], names: dict[int, bytes]) -> dict[str, RootObje
     objects: dict[str, RootObject] = {}
     classes: dict[str, str] = {}  # there are few
     for name, key in newest.items():
-        own_name = key_name = _shown(name)
+        own_name = key_name = name if len(name) <= MAX_NAME and name.isascii() else _shown(name)
         if key.position in names:
             own_name = _shown(text_of(names[key.position]))
         if key_name in objects:  # a long name, or one whose escapes are the letters of another
@@ -124,7 +124,7 @@ def _unlike(shown: str, others: Container[str]) -> str:
 
 def _shown(name: str) -> str:
     """Return a name with backslash escapes for undecodable bytes, cut to its limit."""
-    return name if len(name) <= MAX_NAME and name.isascii() else printable(name)[:MAX_NAME]
+    return printable(name)[:MAX_NAME]
 
 
 # --- the header --------------------------------------------------------------------------------------------------------
@@ -309,9 +309,11 @@ def _list_keys(file: _File, directory: _Directory, start: int, size: int, refere
     reader, end = file.reader, start + size
     directories = []
     is_renamed = False
+    data, index = b"", 0
     for _ in range(number):
         left = min(end - at, LONGEST_KEY)
-        data, index = reader.read(at, left)
+        if index + left > len(data):
+            data, index = reader.read(at, left)
         key = parse_usual_key(data, index, index + left)
         if key is not None:
             key_bytes = data[index : index + key.key_size]
@@ -319,6 +321,7 @@ def _list_keys(file: _File, directory: _Directory, start: int, size: int, refere
             key, key_bytes = read_key(reader, at, end, directory, is_listed=True)
             is_renamed |= len(key_bytes) != key.key_size and key.class_name != "TDirectoryFile"
         at += len(key_bytes)
+        index += len(key_bytes)
         references.add_listed(file.header, directory, key, key_bytes)
         if key.class_name in _DIRECTORY_CLASSES:
             fields, record_end = key.position + key.key_size, key.position + key.size
@@ -496,7 +499,10 @@ class _RecordWalk:
 
     def _check_listed(self, position: int, listed: bytes) -> int:
         """Check a record that is referred to by this key; return where it ends."""
-        data, at = self._reader.read(position, min(len(listed), self._header.end - position))
+        length = len(listed)
+        if position + length > self._header.end:  # its name was made longer
+            length = self._header.end - position
+        data, at = self._reader.read(position, length)
         if not data.startswith(listed, at):
             key, _ = self._key_at(position)
             if not keys_agree(listed, key):

@@ -32,8 +32,7 @@ def raw() -> tuple[bytes, int]:
 
 
 def key_size_of(content: bytes, start: int) -> int:
-    (position,) = struct.unpack_from(">i", content, 37)
-    return start - position
+    return start - int.from_bytes(content[37:41], "big")
 
 
 def walk(payload: bytes, key_size: int) -> None:
