@@ -148,7 +148,8 @@ class ReceiptLog:
             except (OSError, StorageError) as error:
                 self._logs.pop(run, None)  # its last line may be torn, so the next receipt begins a new log
                 # Never InsufficientStorage: an accepted upload has its name already.
-                errors[run] = StorageUnavailable("The receipt could not be written")
+                why = error.strerror if isinstance(error, OSError) else error
+                errors[run] = StorageUnavailable(f"The receipt could not be written: {why}")
                 errors[run].__cause__ = error
         return [errors.get(receipt.run) for receipt in batch]
 

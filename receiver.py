@@ -204,7 +204,7 @@ class Receiver:
 
     def authenticate(self, request: ReceiverRequest) -> None:
         """Find the token of a request; raises RequestRefused where it has none that is known, or may not do this."""
-        token = request.headers.get("token", "").strip(" \t")
+        token = request.headers.get("token", "").strip("\t")
         if not token:
             where = ", not in Authorization" if "Authorization" in request.headers else ""
             raise RequestRefused(NO_TOKEN, "token", reason=f"send the token in the header `token`{where}")
@@ -383,9 +383,10 @@ class Receiver:
         names = self.storage.file_names(lambda agent, run: wanted_agent in (None, agent) and wanted_run in (None, run))
         limit, before = request.page
         if limit is None:
-            return json_response({"files": names})
+            return conditional(request, json_response({"files": names}))
         names = [name for name in reversed(names) if before is None or name < before]
-        return json_response({"files": names[:limit], "before": names[limit - 1] if len(names) > limit else None})
+        content = {"files": names[:limit], "before": names[limit - 1] if len(names) > limit else None}
+        return conditional(request, json_response(content))
 
     def send(self, request: ReceiverRequest, name: str) -> Response:
         """GET /rest/api/files/<name>: send a file, or the part of it that the request asks for."""

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from werkzeug.datastructures import Headers
+from werkzeug.datastructures import Headers, MultiDict
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, MultipartDecoder, NeedData, State
+from werkzeug.utils import cached_property
 from werkzeug.wrappers import Request
 from werkzeug.wsgi import get_input_stream
 
@@ -102,6 +103,13 @@ class ReceiverRequest(Request):
             raise RequestRefused("The query parameter before needs limit", "query")
         return (None if limit is None else check_number("query limit", limit, _MAX_LIMIT, 1)), before
 
+    @cached_property
+    def args(self) -> MultiDict[str, str]:
+        try:
+            return super().args
+        except UnicodeDecodeError as error:
+            raise RequestRefused("The query is not UTF-8", "query") from error
+
     @property
     def is_form(self) -> bool:
         return self.mimetype == "multipart/form-data"
@@ -167,20 +175,20 @@ class UploadHeaders(NamedTuple):
         sha256 = _header(headers, "sha256")
         if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
             raise _wrong_header("header sha256", sha256, "must be 64 hexadecimal digits")
-        status = _header(headers, "dataStatus") or "0"
-        if status not in ("0", "1", "2"):
+        status = _header(headers, "dataStatus")
+        if status not in (None, "0", "1", "2"):
             raise _wrong_header("header dataStatus", status, "must be 0, 1 (start of a set of data) or 2 (end)")
         checked_run = 0 if run is None else check_number("header runNumber", run, storage.MAX_RUN)
         checked_time = 0 if time_stamp is None else check_time_stamp(time_stamp)
         checked_agent = "" if agent is None else check_agent("header amoreAgent", agent)
         is_named = None not in (run, time_stamp, agent)
         name = storage.file_name(checked_agent, checked_run, checked_time) if is_named else ""
-        return cls(checked_run, checked_time, checked_agent, int(status), sha256 and sha256.lower(), name)
+        return cls(checked_run, checked_time, checked_agent, int(status or 0), sha256 and sha256.lower(), name)
 
 
 def _header(headers: Headers, name: str) -> str | None:
     value = headers.get(name)
-    return None if value is None else value.strip(" \t")  # uWSGI leaves tabs there (RFC 9110, 5.5: not part of the value)
+    return None if value is None else value.strip("\t")  # uWSGI leaves tabs there (RFC 9110, 5.5: not part of the value)
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:
