@@ -1441,7 +1441,7 @@ class Drawings {
       return { message: utf8(text ?? "") || `An object of class ${object._typename ?? item.className} is not drawn.` };
     }
     const hidden = prepare(object, this.bases);
-    const why = `${hidden.join(", ")}: a function is drawn only where its points are saved in the file; its formula is not run.`;
+    const why = `${hidden.join(", ")}: a function is drawn only where its points are saved in the file; no formula is run.`;
     if (hidden.length && FUNCTIONS.test(object._typename))
       return { message: [object.fTitle && `${object.fTitle} — `, why].filter(Boolean).join("") };
     return { note: hidden.length ? `Without ${why}` : undefined };
