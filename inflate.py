@@ -110,8 +110,7 @@ def inflate_blocks(
 ) -> Iterator[Block]:
     """Yield the inflated blocks of the payload at byte `start` of a file, which must tile it and sum to `size`.
 
-    `read` returns bytes of the file, at least as many as asked for, and where the first of them is. Memory stays at one
-    block if the caller lets go of each before the next.
+    `read` returns bytes of the file and where the first is. Memory stays at one block if the caller lets go of each.
     """
     position, end, left = start, start + compressed_size, size
     while position < end:

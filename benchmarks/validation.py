@@ -6,11 +6,16 @@ Needs: PyPI's `root`.
 For each file: check_root_file against ROOT, the share of uproot in it, its time for each key; for the tree, ROOT reads
 every basket, too (TTree::LoadBaskets). Then: the same with zlib's own inflate in the place of libdeflate, and two threads
 that validate at once, against one after the other.
+
+With a rootcheck.py of another version in the environment variable AGAINST, its time in the same rounds, too:
+git show 03f6dfa:rootcheck.py > /tmp/rootcheck_before.py; AGAINST=/tmp/rootcheck_before.py python benchmarks/validation.py
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 import sys
 import threading
 import time
@@ -58,6 +63,20 @@ def check(path: Path) -> dict[str, str]:
     return {name: found.description for name, found in rootcheck.check_root_file(path).items()}
 
 
+def other_version() -> Callable[[Path], object] | None:
+    """Return check_root_file of the version to compare with."""
+    if "AGAINST" not in os.environ:
+        return None
+    spec = importlib.util.spec_from_file_location("rootcheck_before", os.environ["AGAINST"])
+    if spec is None or spec.loader is None:
+        raise ValueError(f"no module: {os.environ['AGAINST']}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    found: Callable[[Path], object] = module.check_root_file
+    return found
+
+
 def seconds(do: Callable[[], object]) -> float:
     began = time.perf_counter()
     do()
@@ -87,13 +106,13 @@ class Timed:
 
 def beside_root(path: Path, rounds: int) -> tuple[list[float], float]:
     """Return the seconds of check_root_file and of ROOT, and the share of uproot in the former."""
-    uproot, shares = Timed(rootcheck._compare_with_uproot), []
+    uproot, shares = Timed(rootcheck.compare_with_uproot), []
 
     def timed() -> None:
         took = seconds(partial(check, path))
         shares.append(uproot.seconds / took)
 
-    with mock.patch.object(rootcheck, "_compare_with_uproot", uproot):
+    with mock.patch.object(rootcheck, "compare_with_uproot", uproot):
         return medians(rounds, (timed, partial(read_with_root, path))), median(shares)
 
 
@@ -112,14 +131,18 @@ def check_in_two_threads(path: Path) -> None:
 
 def main() -> None:
     options = common.options(__doc__, rounds=15)
+    before = other_version()
     gc.freeze()  # as gunicorn.conf.py does
-    rows, more = [], []
+    rows, more, changes = [], [], []
     for name, content in FILES.items():
         path = common.file(options.folder, name)
         if check(path) != read_with_root(path):
             raise RuntimeError(f"{path}: ROOT reads other objects")
         rounds = options.rounds * (20 if path.stat().st_size < 100_000 else 1)
         (ours, root), share = beside_root(path, rounds)
+        if before:
+            now, then = medians(rounds, (partial(rootcheck.check_root_file, path), partial(before, path)))
+            changes.append([content, f"{now / then:.2f} ({now * 1e3:.2f} ms of {then * 1e3:.2f} ms)"])
         keys = len(check(path))
         rows.append(
             [
@@ -135,6 +158,8 @@ def main() -> None:
             more.append([content, f"{alone / zlibs:.2f}", f"{two / (2 * alone):.2f}"])
     print(common.table(["file", "check_root_file of ROOT's time", "share of uproot", "for each key"], rows), "\n")
     print(common.table(["file", "libdeflate of zlib's time", "two at once of one after the other"], more))
+    if changes:
+        print("\n" + common.table(["file", "check_root_file of its time before"], changes))
 
 
 if __name__ == "__main__":
