@@ -14,16 +14,13 @@ from pathlib import Path
 import pytest
 from conftest import DATA, HISTOGRAMS, PROJECT, Server, curl, post, settings
 
-CHECKER = ("free_list", "inflate", "object_names", "root_keys", "second_reader", "streamer_info")
-MODULES = {"receiver.py", "storage.py", "rootcheck.py"} | {f"{name}.py" for name in CHECKER}
+# Beside the modules of the application; what is left out are settings of tools.
+MODULES = {path.name for path in PROJECT.glob("*.py")} - {"noxfile.py", "gunicorn.conf.py"}
 SHARED = {
-    "openapi.yaml",
+    "openapi.json",
     "gunicorn.conf.py",
-    "nginx.conf",
-    "uwsgi.ini",
-    "overwatch_wsgi.py",
-    "dqm-receiver.service",
-    "dqm_send.py",
+    *(f"page/{path.name}" for path in (PROJECT / "page").iterdir()),
+    *(path.name for folder in ("deploy", "clients") for path in (PROJECT / folder).iterdir() if path.is_file()),
 }
 
 
@@ -53,7 +50,7 @@ def test_the_wheel_holds_the_modules_and_what_an_admin_needs_and_nothing_else(wh
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         licenses = [name for name in archive.namelist() if name.endswith("/LICENSE")]
         for name in names:
-            sources = [PROJECT / folder / Path(name).name for folder in ("", "deploy", "clients")]
+            sources = [PROJECT / folder / Path(name).name for folder in ("", "page", "deploy", "clients")]
             assert archive.read(name) in [path.read_bytes() for path in sources if path.exists()]
     prefix = f"{wheel.name.rsplit('-py3', 1)[0]}.data/data/share/dqm-receiver/"
     assert names == MODULES | {prefix + name for name in SHARED}
