@@ -72,7 +72,8 @@ def _set_body(request: Request, response: Response, file: BufferedReader, size: 
 
 
 def conditional(request: Request, response: Response) -> Response:
-    """Return an answer that has an ETag, or 304 where the sender has it; raises PreconditionFailed."""
+    """Give an answer an ETag; return it, or 304 where the client has it; raises PreconditionFailed."""
+    response.add_etag()
     response.make_conditional(_without_if_match_any(request))
     if response.status_code == 412:
         raise PreconditionFailed("The answer is not the one that the condition names")
