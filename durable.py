@@ -125,6 +125,13 @@ class Folder:
         self._held = folder, now
         return folder
 
+    def reopen(self) -> None:
+        """Open the folder anew after a fork: a failed fsync is reported only once to all who share an open file."""
+        if self._held:
+            self._held = open_folder(".", self._held[0]), self._held[1]
+        if self.parent:
+            self.parent.reopen()
+
     def exists(self) -> bool:
         """Return whether there is such a folder, without making it."""
         with os_errors():
@@ -157,14 +164,11 @@ def open_folder(name: str, parent: Descriptor) -> Descriptor:
 
 
 def make_folder(name: str, parent: Descriptor) -> Descriptor:
-    """Open a folder in another one; where it is missing, make it and fsync its parent."""
-    try:
-        return open_folder(name, parent)
-    except FileNotFoundError:
-        with contextlib.suppress(FileExistsError):  # another process was quicker
-            os.mkdir(name, 0o700, dir_fd=parent.fd)
-        os.fsync(parent.fd)
-        return open_folder(name, parent)
+    """Open a folder in another one, durably; make it where it is missing."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=parent.fd)
+    os.fsync(parent.fd)  # also where it exists: the process that has made it may not have synced it yet
+    return open_folder(name, parent)
 
 
 def make_data_folder(path: Path) -> None:
@@ -225,20 +229,24 @@ class FolderLock:
             raise _lock_is_busy(seconds)
         try:
             with os_errors():
-                file = self._acquire(end, seconds)
-            try:
-                yield
-            finally:
-                try:
-                    fcntl.flock(file.fd, fcntl.LOCK_UN)
-                except OSError as error:
-                    file.close()  # which releases the lock, too
-                    self._file = None
-                    raise translate(error) from error
+                self._acquire(end, seconds)
+            yield
         finally:
-            self._threads.release()
+            try:
+                self._release()
+            finally:
+                self._threads.release()
 
-    def _acquire(self, end: float, seconds: float) -> Descriptor:
+    def _release(self) -> None:
+        if file := self._file:
+            try:
+                fcntl.flock(file.fd, fcntl.LOCK_UN)
+            except OSError as error:
+                file.close()  # which releases the lock, too
+                self._file = None
+                raise translate(error) from error
+
+    def _acquire(self, end: float, seconds: float) -> None:
         data = self._data.open()
         pause = 0.0002
         while True:
@@ -252,7 +260,7 @@ class FolderLock:
                 pause = min(2 * pause, 0.02)
                 continue
             if file.leads(".lock", data):
-                return file
+                return
             self._file = None  # `.lock` was removed: this one excludes only processes that opened it earlier
 
 
@@ -261,7 +269,7 @@ def _lock_is_busy(seconds: float) -> StorageUnavailable:
 
 
 def check_flock(folder: Descriptor) -> None:
-    """Raise OSError where the file system has no locks; that they reach other hosts cannot be seen from one."""
+    """Raise OSError if the file system has no locks; whether they reach other hosts cannot be seen from one."""
     name = f".{uuid.uuid4().hex}"
     try:
         file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
@@ -271,6 +279,8 @@ def check_flock(folder: Descriptor) -> None:
         raise
     try:
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OSError(error.errno, f"its file system has no locks (flock): {error.strerror}") from error
     finally:
         os.unlink(name, dir_fd=folder.fd)
 
@@ -308,10 +318,12 @@ class GroupCommit(Generic[Item, Result]):
         return mine.outcome  # type: ignore[return-value]  # set when it is done
 
     def _commit_all(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
-        outcomes: Sequence[Result | Exception]
+        # Where this thread is interrupted (KeyboardInterrupt, a time-out of gevent), the others must not take it for success.
+        outcomes: Sequence[Result | Exception] = [StorageUnavailable("The commit was interrupted")] * len(batch)
         try:
             outcomes = self._commit([waiting.item for waiting in batch])
         except Exception as error:  # noqa: BLE001  each thread raises it for itself
             outcomes = [error] * len(batch)
-        for waiting, outcome in zip(batch, outcomes, strict=True):
-            waiting.outcome, waiting.done = outcome, True
+        finally:
+            for waiting, outcome in zip(batch, outcomes, strict=True):
+                waiting.outcome, waiting.done = outcome, True

@@ -122,6 +122,7 @@ class ReceiptLog:
         def after_fork_in_child() -> None:
             if log := this():
                 log._begin_process()
+                log.folder.reopen()
 
         os.register_at_fork(after_in_child=after_fork_in_child)
 
@@ -130,7 +131,8 @@ class ReceiptLog:
         self._logs: OrderedDict[int, _Log] = OrderedDict()
         self._appends = GroupCommit(self._append_batch)
         self._listing: tuple[float, list[int]] = -_LISTING_AGE, []  # when, and the runs, most recently active first
-        self._count = 0  # of receipts, so that ids of one microsecond are in order
+        self._received_at = ""  # of the batch appended last
+        self._count = 0  # of receipts, so that ids of one batch are in order
 
     def append(self, receipt: Receipt) -> None:
         """Append a receipt to this process's log of its run; when this returns, one that acknowledges an upload is durable."""
@@ -138,6 +140,10 @@ class ReceiptLog:
 
     def _append_batch(self, batch: Sequence[Receipt]) -> list[None | Exception]:
         """Append all receipts that wait, with one write and at most one fsync for each run."""
+        received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        if received_at < self._received_at:  # the clock was set back, and readers rely on the order of a log's lines
+            self._logs.clear()
+        self._received_at = received_at
         runs: dict[int, list[Receipt]] = {}
         for receipt in batch:
             runs.setdefault(receipt.run, []).append(receipt)
@@ -179,14 +185,9 @@ class ReceiptLog:
         return log
 
     def _line(self, receipt: Receipt, log: _Log) -> bytes:
-        """Return the line of a receipt; it is stamped here, so that the lines of a log are in order of time."""
-        received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         self._count += 1
-        content = receipt.content | {
-            "received_at": received_at,
-            "id": f"{received_at}-{self._count % 1_000_000:06}-{log.name[:8]}",
-        }
-        return json.dumps(content).encode() + b"\n"
+        identity = f"{self._received_at}-{self._count % 1_000_000:06}-{log.name[:8]}"
+        return json.dumps(receipt.content | {"received_at": self._received_at, "id": identity}).encode() + b"\n"
 
     # --- reading -------------------------------------------------------------------------------------------------------
 

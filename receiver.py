@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import socket
@@ -461,7 +462,10 @@ class Receiver:
         """GET /metrics: say it in numbers, for Prometheus."""
         if not self.settings.metrics:
             raise NotFound
-        return Response(self.metrics.render(self.storage.free_space()), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+        free: float = math.nan
+        with contextlib.suppress(StorageError):  # the other figures are wanted most while the folder fails
+            free = self.storage.free_space()
+        return Response(self.metrics.render(free), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def describe_api(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/openapi.json: describe this interface."""

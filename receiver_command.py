@@ -61,6 +61,9 @@ def make_token(name: str) -> int | str:
 def check_config() -> int | str:
     try:
         settings = Settings.read(os.environ)
+        if os.geteuid() == 0 and settings.data_folder.exists() and (owner := settings.data_folder.stat().st_uid):
+            # Else root would own the hidden folders that are made, and the receiver could not use them.
+            return f"wrong: {settings.data_folder} belongs to user {owner}: run this as that user, not as root"
         app = receiver.Receiver(settings)
         free = app.storage.free_space()
     except (ConfigurationError, StorageError) as error:

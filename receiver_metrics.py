@@ -90,7 +90,7 @@ class Metrics:
         with self._child(_in_progress).track_inprogress():
             yield
 
-    def render(self, free_bytes: int) -> bytes:
+    def render(self, free_bytes: float) -> bytes:
         """Return all metrics as text; the cost does not depend on how much has arrived."""
         self._child(_free).set(free_bytes)
         for reason_class in REASON_CLASSES:  # a rate can only be seen of a series that exists

@@ -125,7 +125,6 @@ class Storage:
         self._min_free_space = min_free_space
         make_data_folder(self.folder)
         self._data = Folder(str(self.folder))
-        self._replaced, self._rejected = Folder(".replaced", self._data), Folder(".rejected", self._data)
         self._begin_process()
         check_flock(self._data.open())
         self.recover()
@@ -135,12 +134,14 @@ class Storage:
             if storage := this():
                 storage._lock.close()
                 storage._incoming.close()
+                storage._data.reopen()
                 storage._begin_process()
 
         os.register_at_fork(after_in_child=after_fork_in_child)
 
     def _begin_process(self) -> None:
-        """Make what a process must not share with its parent: locks, queue, writer."""
+        """Make what a process must not share with its parent: locks, queue, writer, open folders."""
+        self._replaced, self._rejected = Folder(".replaced", self._data), Folder(".rejected", self._data)
         self._lock = FolderLock(self._data)
         self._space = Space(self._data, self._min_free_space)
         self._incoming = Incoming(self._data, self._lock, self._space)
@@ -223,23 +224,18 @@ class Storage:
         return _Found(outcome, file, sha256.hexdigest())
 
     def _preserve(self, file: Descriptor, name: str, preserved: str) -> bool:
-        """Give a file a second, durable name in `.replaced/`; False means that its first name changed meanwhile."""
+        """Give a file a second, durable name in `.replaced/`; False means that its first name has gone meanwhile."""
         data, replaced = self._data.open(), self._replaced.open(check=True)
         try:
             os.link(name, preserved, src_dir_fd=data.fd, dst_dir_fd=replaced.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        except FileExistsError:
-            pass  # the same bytes were preserved earlier
-        except OSError as error:
+        except OSError as error:  # preserved earlier; or no hard links here, or the file has too many of them
             if isinstance(translate(error), InsufficientStorage):
                 raise
-            self._copy(file, preserved, replaced)  # no hard links here, or the file has too many of them
-        else:
-            if not file.leads(preserved, replaced):
-                os.unlink(preserved, dir_fd=replaced.fd)
-                return False
-        os.fsync(replaced.fd)
+        if not file.leads(preserved, replaced):  # another file, if the first name has changed: its bytes may differ
+            self._copy(file, preserved, replaced)
+        self._sync(replaced)
         return True
 
     def _copy(self, file: Descriptor, name: str, folder: Descriptor) -> None:
@@ -247,7 +243,7 @@ class Storage:
         size = file.status.st_size
         with self._incoming.new_upload(size, size) as copy:
             position = 0
-            while chunk := os.pread(file.fd, _CHUNK, position):
+            while chunk := os.pread(file.fd, min(_CHUNK, size - position), position):
                 copy.write(chunk)
                 position += len(chunk)
             copy.sync()
@@ -261,13 +257,18 @@ class Storage:
             data = self._data.open()
             with self._lock.hold(LOCK_TIMEOUT):
                 results = [self._take_name(pending, data) for pending in batch]
-            try:
-                os.fsync(data.fd)
-            except OSError as error:
-                # The kernel reports an error once and then forgets it, so the next fsync would promise too much.
-                self._failure = "The data folder cannot be used: its fsync failed, so this process must be restarted"
-                raise StorageUnavailable(self._failure) from error
+            self._sync(data)
+            self._data.open(check=True)  # a folder that was moved away meanwhile is not the one that Overwatch looks at
         return results
+
+    def _sync(self, folder: Descriptor) -> None:
+        """Fsync a folder; if that fails, this process cannot promise anything any more."""
+        try:
+            os.fsync(folder.fd)
+        except OSError as error:
+            # The kernel reports an error once and then forgets it, so the next fsync would promise too much.
+            self._failure = "The data folder cannot be used: its fsync failed, so this process must be restarted"
+            raise StorageUnavailable(self._failure) from error
 
     def _take_name(self, pending: _Pending, data: Descriptor) -> bool | Exception:
         try:

@@ -92,7 +92,7 @@ class _Name:
     """What is known of a file name: the content it had last, whether its first upload is recorded, whether contents differed."""
 
     __slots__ = ("is_reused", "is_stored", "sha256")
-    sha256: bytes  # 8 bytes of it
+    sha256: bytes  # its first 16 hexadecimal digits
     is_stored: bool  # else only duplicates were recorded: the process died before the receipt of the first upload
     is_reused: bool
 
@@ -107,13 +107,20 @@ class RunSummary:
 
     def update(self, folder: Descriptor) -> None:
         """Read what has been added to the logs since the last time; all of them anew where one was taken away."""
-        logs = dict(_open_logs(folder))
+        logs = dict(_stat_logs(folder))
         for name, (inode, position) in self._positions.items():
-            if name not in logs or logs[name].status.st_ino != inode or logs[name].status.st_size < position:
+            if name not in logs or logs[name].st_ino != inode or logs[name].st_size < position:
                 self.__init__()  # type: ignore[misc]
                 break
-        for name, log in logs.items():
+        for name, status in logs.items():
             position = self._positions.get(name, (0, 0))[1]
+            if status.st_size > position:
+                self._positions[name] = status.st_ino, self._read(name, folder, position)
+
+    def _read(self, name: str, folder: Descriptor, position: int) -> int:
+        """Add the receipts of a log from a position on, and return the position behind the last whole line."""
+        with contextlib.suppress(FileNotFoundError):  # archived just now
+            log = open_regular(name, os.O_RDONLY, folder)
             while chunk := os.pread(log.fd, _CHUNK, position):
                 whole = chunk.rfind(b"\n") + 1
                 if not whole:  # a line that is being written, or was cut short
@@ -122,7 +129,7 @@ class RunSummary:
                     if receipt := Receipt.from_line(line):
                         self._add(receipt)
                 position += whole
-            self._positions[name] = log.status.st_ino, position
+        return position
 
     def _add(self, receipt: Receipt) -> None:
         agent = receipt.agent if receipt.agent in self.agents or len(self.agents) < _MAX_AGENTS else OTHER_AGENTS
@@ -132,7 +139,7 @@ class RunSummary:
             return
         summary.add_accepted(receipt)
         is_duplicate = receipt.outcome == "duplicate"
-        sha256 = bytes.fromhex((receipt.sha256 or "")[:16])
+        sha256 = (receipt.sha256 or "")[:16].encode(errors="replace")
         name = self.names.get(receipt.filename)
         if name is None:
             if len(self.names) < _MAX_NAMES:
@@ -149,7 +156,7 @@ class RunSummary:
         name.is_stored = name.is_stored or not is_duplicate
 
 
-def _open_logs(folder: Descriptor) -> Iterator[tuple[str, Descriptor]]:
+def _stat_logs(folder: Descriptor) -> Iterator[tuple[str, os.stat_result]]:
     for name in log_names(folder):
         with contextlib.suppress(FileNotFoundError):  # archived just now
-            yield name, open_regular(name, os.O_RDONLY, folder)
+            yield name, os.stat(name, dir_fd=folder.fd, follow_symlinks=False)

@@ -31,6 +31,7 @@ logger = logging.getLogger("dqm_receiver")
 LOCK_TIMEOUT = 30.0  # seconds to wait for `.lock`
 
 _RECOVERY_INTERVAL = 600.0  # seconds
+_RECOVERY_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` in crash recovery, which may as well be done later
 _SPACE_AGE = 1.0  # seconds for which an answer of statvfs is good
 
 
@@ -160,12 +161,11 @@ class Incoming:
         self.folder = Folder(".incoming", data)
         self._lock, self._space = lock, space
         self._writer: Writer | None = None
-        self._writer_lock = threading.Lock()
-        self._recovered = time.monotonic()
+        self._recovered = -_RECOVERY_INTERVAL  # so the first upload of a process looks for what a dead one left
 
     def new_upload(self, announced: int, max_size: int) -> Upload:
         """Begin an upload that announced so many bytes and may have at most `max_size`; raises StorageError."""
-        if time.monotonic() - self._recovered > _RECOVERY_INTERVAL:
+        if time.monotonic() - self._recovered >= _RECOVERY_INTERVAL:
             self.recover()
         with os_errors():
             self.folder.open()
@@ -176,21 +176,14 @@ class Incoming:
                 return Upload(self._get_writer(), self._space, max_size, announced)
 
     def _get_writer(self) -> Writer:
-        with self._writer_lock:
-            if self._writer is None:
-                self.recover()
-                self._writer = self._make_writer()
-            return self._writer
-
-    def _make_writer(self) -> Writer:
+        """Return this process's writer; it is made under `.lock`, so that recovery never meets one that is half made."""
+        if writer := self._writer:
+            return writer
         incoming = self.folder.open(check=True)
-        name = uuid.uuid4().hex
-        with self._lock.hold(LOCK_TIMEOUT):  # so recovery never meets a folder whose lock is still to come
-            os.mkdir(name, 0o700, dir_fd=incoming.fd)
-            folder = open_folder(name, incoming)
-            lock = open_regular("lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
-            fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Writer(folder, lock)
+        with self._lock.hold(LOCK_TIMEOUT):
+            if self._writer is None:  # else another thread has made it meanwhile
+                self._writer = _make_writer(incoming)
+            return self._writer
 
     def close(self) -> None:
         """Close the writer's lock: a child of a fork must not keep its parent's writer alive."""
@@ -205,13 +198,22 @@ class Incoming:
                 if not self.folder.exists():
                     return
                 incoming = self.folder.open()
-                with self._lock.hold(LOCK_TIMEOUT):
+                with self._lock.hold(_RECOVERY_LOCK_TIMEOUT):
                     dead = [(name, _dead_writer(name, incoming)) for name in list_names(incoming)]
                 for name, writer in dead:
                     if writer:
                         _delete(name, writer.folder, incoming)
         except StorageError as error:
             logger.warning("crash recovery of .incoming/ has to wait: %s", error)
+
+
+def _make_writer(incoming: Descriptor) -> Writer:
+    name = uuid.uuid4().hex
+    os.mkdir(name, 0o700, dir_fd=incoming.fd)
+    folder = open_folder(name, incoming)
+    lock = open_regular("lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
+    fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return Writer(folder, lock)
 
 
 def _dead_writer(name: str, incoming: Descriptor) -> Writer | None:

@@ -1,0 +1,307 @@
+"""Faults that a review of the data folder found: what is lost, held, or waited for without an end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, tzinfo
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from client import AUTH, visible
+from werkzeug.test import Client
+
+import durable
+import receipts
+import receiver
+import receiver_command
+import uploads
+from durable import Folder, FolderLock, GroupCommit, StorageUnavailable
+from receipts import Receipt, ReceiptLog
+from storage import Storage
+from summaries import Summaries
+from uploads import Upload
+
+NAME = "EMChistos_123_DQM_2015_11_24_18_04_10.root"
+
+
+@pytest.fixture
+def store(folder: Path) -> Storage:
+    return Storage(folder, max_file_size=1 << 20, min_free_space=0, max_rejected=1 << 20)
+
+
+def begin(store: Storage, data: bytes) -> Upload:
+    upload = store.new_upload()
+    upload.write(data)
+    return upload
+
+
+def put(store: Storage, data: bytes) -> str:
+    with begin(store, data) as upload:
+        return store.commit(upload, NAME)
+
+
+def failing(call: Callable[..., Any], number: int, when: Callable[..., bool]) -> Callable[..., Any]:
+    """Return a function that raises an OSError the first time that `when` is true of its arguments."""
+    done: list[bool] = []
+
+    def wrapper(*arguments: Any, **more: Any) -> Any:
+        if not done and when(*arguments, **more):
+            done.append(True)
+            raise OSError(number, os.strerror(number))
+        return call(*arguments, **more)
+
+    return wrapper
+
+
+# --- durable.py --------------------------------------------------------------------------------------------------------
+
+
+def test_lock_is_released_where_its_path_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    lock = FolderLock(Folder(str(folder)))
+    monkeypatch.setattr(os, "stat", failing(os.stat, errno.EIO, lambda path, **_: path == ".lock"))
+    with pytest.raises(StorageUnavailable), lock.hold(1):
+        pass
+    with FolderLock(Folder(str(folder))).hold(0):  # as another process would
+        pass
+
+
+def test_interrupted_group_commit_acknowledges_nothing() -> None:
+    entered, waiting = threading.Event(), threading.Event()
+    failed: list[Exception] = []
+
+    def commit(batch: Sequence[int]) -> list[int | Exception]:
+        if 0 in batch:
+            entered.set()
+            waiting.wait(10)
+        if 1 in batch:
+            raise KeyboardInterrupt
+        return list(batch)
+
+    group = GroupCommit(commit)
+
+    def call(item: int) -> None:
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                assert group(item) == item
+        except Exception as error:  # noqa: BLE001
+            failed.append(error)
+
+    threads = [threading.Thread(target=call, args=(item,)) for item in range(3)]
+    threads[0].start()
+    entered.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    while len(group._waiting) < 2:
+        time.sleep(0.001)
+    waiting.set()
+    for thread in threads:
+        thread.join(10)
+    assert [type(error) for error in failed] == [StorageUnavailable]
+
+
+def test_folder_of_another_process_is_made_durable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / ".receipts").mkdir(parents=True, mode=0o700)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    Folder(".receipts", Folder(str(folder))).open()
+    assert synced == [str(folder)]
+
+
+@pytest.mark.parametrize("make", [lambda folder: ReceiptLog(folder).folder, None])
+def test_child_opens_its_folders_anew(store: Storage, folder: Path, make: Any) -> None:
+    held = make(folder) if make else store._data
+    parent = held.open().fd
+    child = os.fork()
+    if not child:
+        fcntl.fcntl(held.open().fd, fcntl.F_SETFL, os.O_NONBLOCK)  # which shows in all descriptors of one open file
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not fcntl.fcntl(parent, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+def test_start_without_locks_names_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(receiver.ConfigurationError, match="flock"):
+        receiver.create_app({"DQM_RECEIVER_TOKEN": "t", "DQM_RECEIVER_DATA_FOLDER": str(folder)})
+    assert [path.name for path in folder.iterdir()] == []
+
+
+# --- uploads.py and storage.py -----------------------------------------------------------------------------------------
+
+
+def test_new_writer_waits_for_a_held_lock_once(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "LOCK_TIMEOUT", 0.5)
+    monkeypatch.setattr(uploads, "_RECOVERY_LOCK_TIMEOUT", 0.1, raising=False)
+    failed: list[Exception] = []
+
+    def new_upload() -> None:
+        try:
+            store.new_upload()
+        except StorageUnavailable as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=new_upload) for _ in range(8)]
+    with FolderLock(Folder(str(store.folder))).hold(1):
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.monotonic() - began
+    assert len(failed) == 8
+    assert seconds < 3  # one after the other they would need 8 times a second
+
+
+def test_preserved_bytes_are_those_of_their_name(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is slow links another file by mistake; a second one must not rely on that link."""
+    put(store, b"old")
+    old = store.folder / NAME
+    link = os.link
+
+    def link_another(source: str, target: str, **more: Any) -> None:
+        monkeypatch.undo()
+        kept = store.folder / "kept"
+        old.rename(kept)
+        old.write_bytes(b"another")
+        link(source, target, **more)
+        kept.rename(old)
+
+    monkeypatch.setattr(os, "link", link_another)
+    put(store, b"new")
+    for preserved in (store.folder / ".replaced").iterdir():
+        assert preserved.read_bytes() == b"old"
+    assert visible(store.folder) == {NAME: b"new"}
+
+
+def test_wrong_file_in_replaced_is_not_trusted(store: Storage) -> None:
+    put(store, b"old")
+    put(store, b"new")
+    (preserved,) = (store.folder / ".replaced").iterdir()
+    preserved.unlink()
+    preserved.write_bytes(b"another")
+    put(store, b"old")
+    put(store, b"newest")
+    assert preserved.read_bytes() == b"old"
+
+
+def test_failed_fsync_of_replaced_stops_the_process(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, b"old")
+    put(store, b"new")  # makes .replaced/
+
+    def is_replaced(fd: int) -> bool:
+        return os.readlink(f"/proc/self/fd/{fd}").endswith("/.replaced")
+
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, errno.EIO, is_replaced))
+    for _ in range(2):  # the kernel would report the second fsync as good
+        with pytest.raises(StorageUnavailable):
+            put(store, b"newest")
+    with pytest.raises(StorageUnavailable, match="restarted"):
+        store.check_health()
+    assert visible(store.folder) == {NAME: b"new"}
+
+
+def test_folder_swapped_in_mid_commit_acknowledges_nothing(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, b"old")
+    with begin(store, b"new") as upload:
+        store.folder.rename(store.folder.with_name("swapped"))
+        store.folder.mkdir()
+        with pytest.raises(StorageUnavailable):
+            store.commit(upload, NAME)
+
+
+# --- receipts.py and summaries.py --------------------------------------------------------------------------------------
+
+
+def make_receipt(**more: Any) -> Receipt:
+    facts = {"outcome": "stored", "filename": NAME, "run": 123, "time_stamp": 1448384650, "agent": "EMC"}
+    return Receipt(**{**facts, "data_status": 0, "sender": "default", "seconds": 0.1, "sha256": "ab" * 32, **more})
+
+
+@pytest.fixture
+def log(folder: Path) -> ReceiptLog:
+    folder.mkdir()
+    return ReceiptLog(folder)
+
+
+def test_clock_that_steps_back_begins_a_new_log(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = iter((12, 13, 11, 12))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2026, 11, 22, next(hours), tzinfo=tz)
+
+    monkeypatch.setattr(receipts, "datetime", Clock)
+    for size in range(4):
+        log.append(make_receipt(size=size))
+    assert len(list(folder.glob(".receipts/123/*.jsonl"))) == 2
+    newest, _ = log.newest(123, receipts.Query())
+    assert [receipt.received_at[11:13] for receipt in newest] == ["13", "12", "12", "11"]
+
+
+def test_summary_opens_one_log_at_a_time(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        log.append(make_receipt(outcome="duplicate" if number else "stored"))
+        log._logs.clear()
+    opened = len(os.listdir("/proc/self/fd"))
+    most = 0
+    from_line = Receipt.from_line
+
+    def count(line: bytes) -> Any:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")) - opened)
+        return from_line(line)
+
+    monkeypatch.setattr(Receipt, "from_line", count)
+    assert Summaries(log).agents(123)["EMC"]["duplicates"] == 4
+    assert most <= 2  # the run's folder and a log
+
+
+def test_damaged_digest_spoils_no_summary(log: ReceiptLog, folder: Path) -> None:
+    log.append(make_receipt(sha256="\ud800 not hexadecimal"))
+    assert Summaries(log).agents(123)["EMC"]["files"] == 1
+
+
+# --- receiver.py and its command ---------------------------------------------------------------------------------------
+
+
+def test_metrics_answer_without_the_data_folder(client: Client, folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+    folder.mkdir()
+    time.sleep(durable._CHECK_INTERVAL)
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert "dqm_receiver_rejections_total" in answer.text
+
+
+def test_list_of_runs_has_an_etag(client: Client) -> None:
+    for path in ("/rest/api/runs", "/rest/api/runs?limit=5"):
+        etag = client.get(path, headers=AUTH).headers["ETag"]
+        assert client.get(path, headers={**AUTH, "If-None-Match": etag}).status_code == 304
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_check_config_as_root_makes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    for name in ("DATA_FOLDER", "TOKEN"):
+        monkeypatch.setenv(f"DQM_RECEIVER_{name}", str(folder))
+    assert "65534" in str(receiver_command.check_config())
+    assert list(folder.iterdir()) == []
