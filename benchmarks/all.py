@@ -12,7 +12,7 @@ import sys
 import common
 
 PAGE = common.PROJECT / "docs" / "performance.md"
-NAMES = ("uploads", "validation", "memory", "downloads", "scaling", "many_runs")
+NAMES = ("uploads", "slow_disk", "validation", "hostile", "scaling", "many_runs", "memory", "downloads")
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ Command: python benchmarks/memory.py [--rounds 5] [--folder FOLDER]
 Needs: wrk, curl, PyPI's `root`.
 
 Resident memory (VmRSS, with the shared libraries and what it shares with the other processes) of the one worker after its
-start, after 1,000 uploads of 100 TH1F over 4 connections and after a 1 GB file was uploaded and downloaded; then how long it
-takes to import the application, what of that is uproot, and how long until the first answer.
+start, after 1,000 uploads of 100 TH1F over 4 connections, after uploads of 7 MB over 64, and after a 1 GB file was uploaded and
+downloaded; then how long it takes to import the application, what of that is uproot, and how long until the first answer.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def memory(options: common.Options) -> list[list[str]]:
         while done < UPLOADS:
             done += 5 * common.uploads(server, "receiver", small, 5, 4).per_second
         note(f"{UPLOADS:,} uploads")
+        common.uploads(server, "receiver", common.file(options.folder, "th2d"), 5, 64)
+        note("then uploads of 7 MB over 64 connections")
         size = f"{large.stat().st_size / 1e9:.2g} GB"
         curl(server, "-F", f"file=@{large}", server.url + common.FILES)
         note(f"then {size} uploaded")
