@@ -118,7 +118,7 @@ def test_tokens_differ_and_fit_a_header(run: Run, name: str) -> None:
         assert line == f"{name} = {hashlib.sha256(token.encode()).hexdigest()}"
 
 
-def test_token_works_once_its_line_is_in_the_file(run: Run, make_app: MakeApp, tmp_path: Path) -> None:
+def test_made_token_works_with_its_line(run: Run, make_app: MakeApp, tmp_path: Path) -> None:
     status, out, error = run("token", "EMC")
     token, line = made_by(out)
     assert (status, error, out.count(token)) == (0, "", 1)

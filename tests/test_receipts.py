@@ -205,7 +205,7 @@ def test_failed_append_begins_a_new_log(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(StorageUnavailable, match="Input/output error"):
+        with pytest.raises(StorageUnavailable):
             log.append(receipt(time_stamp=2))
     log.append(receipt(time_stamp=3))
     assert len(list((folder / ".receipts/123").iterdir())) == 2
@@ -288,7 +288,7 @@ def test_paging_goes_beyond_what_one_request_scans(
         assert found == expected
 
 
-def test_old_page_of_a_long_log_is_found_quickly(log: ReceiptLog, folder: Path, parsed: list[bytes]) -> None:
+def test_old_page_of_a_long_log_is_quick(log: ReceiptLog, folder: Path, parsed: list[bytes]) -> None:
     note(folder, *[line(f"{n // 3600:02}:{n // 60 % 60:02}:{n % 60:02}", time_stamp=n) for n in range(20_000)])
     before = json.loads(line("00:01:40"))["id"]
     parsed.clear()
@@ -317,7 +317,7 @@ def test_receipts_can_be_narrowed(client: Client, folder: Path, path: str, query
     assert [one["time_stamp"] for one in get(client, path + query)["receipts"]] == expected
 
 
-def test_receipts_of_all_runs_are_those_of_recent_runs(client: Client, folder: Path) -> None:
+def test_receipts_of_all_runs_come_from_recent_ones(client: Client, folder: Path) -> None:
     for run in range(60):
         path = note(folder, line("10:00:00", run=run), run=run)
         os.utime(path.parent, (1000 - run, 1000 - run))

@@ -193,6 +193,7 @@ def test_invalid_upload_never_touches_a_valid_file(client: Client, folder: Path)
         ({"dataStatus": "2"}, NAME),
         ({"sha256": SHA256}, NAME),
         ({"sha256": SHA256.upper()}, NAME),
+        ({"runNumber": "\t123 ", "timeStamp": " 234\t", "amoreAgent": "\ttestagent", "token": f"\t{TOKEN} "}, NAME),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -368,7 +369,7 @@ EVERYWHERE = [
     [
         (None, NO_TOKEN),
         ("", NO_TOKEN),
-        (" ", WRONG_TOKEN),
+        (" ", NO_TOKEN),
         ("abc", WRONG_TOKEN),
         ("abcde", WRONG_TOKEN),
         ("ABCD", WRONG_TOKEN),
@@ -427,7 +428,7 @@ def test_missing_header_is_named(client: Client, folder: Path, name: str) -> Non
 
 
 NOT_NUMBERS = [
-    "", " ", "x", "-1", "+1", "1.0", "1e2", "0x10", "1_0", "1 2", "1;", " 1", "1 ", "\u0661\u0662", "\uff11", "\xb2", "nan",
+    "", " ", "x", "-1", "+1", "1.0", "1e2", "0x10", "1_0", "1 2", "1;", "\u0661\u0662", "\uff11", "\xb2", "nan",
     "None", "9" * 21, "9" * 5000, "0" * 25,
 ]  # fmt: skip
 WRONG_HEADERS = {
@@ -435,7 +436,7 @@ WRONG_HEADERS = {
     "timeStamp": [*NOT_NUMBERS, "253402297200", "253402300799", "1448384650000000"],
     "dataStatus": [*NOT_NUMBERS, "3", "9"],
     "amoreAgent": ["", " ", "x" * 65, "a b", "a.b", "a/b", "../a", "Ä", "a\x7f", "%41", "-a", "_a"],
-    "sha256": ["", "0" * 63, "0" * 65, "g" * 64, "0x" + "0" * 62, " " + "0" * 64, base64.b64encode(bytes(32)).decode()],
+    "sha256": ["", "0" * 63, "0" * 65, "g" * 64, "0x" + "0" * 62, base64.b64encode(bytes(32)).decode()],
 }
 
 
@@ -717,7 +718,7 @@ def test_file_one_byte_beyond_the_limit_is_413(make_app: MakeApp, folder: Path, 
 
 
 @pytest.mark.parametrize("content_type", ["", FORM], ids=["bare", "form"])
-def test_content_length_beyond_the_limit_is_413_at_once(
+def test_content_length_beyond_the_limit_is_413(
     make_app: MakeApp, folder: Path, monkeypatch: pytest.MonkeyPatch, content_type: str
 ) -> None:
     client = Client(make_app(max_file_size="1000"))
@@ -1149,7 +1150,7 @@ def fetch(client: Client, method: str = "GET", url: str = URL, **more: str) -> T
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_file_taken_away_is_a_404_that_says_so(stored: Client, folder: Path, taken: bool) -> None:
+def test_file_taken_away_is_404_and_says_so(stored: Client, folder: Path, taken: bool) -> None:
     (folder / NAME).unlink()
     name = NAME if taken else NAME.replace("_123_", "_124_")
     for url in (f"{FILES}/{name}", f"{FILES}?filename={name}"):

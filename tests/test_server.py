@@ -277,6 +277,7 @@ def test_too_many_connections_end_no_worker(make_server: Callable[..., Server], 
         wait_until(lambda: len(os.listdir(f"/proc/{worker}/fd")) == most, 10)
         for connection in idle:
             connection.close()
+        wait_until(lambda: len(os.listdir(f"/proc/{worker}/fd")) < most - 9, 30)
         peer.sendall(PROFILES[1000:])
         with peer.makefile("rb") as answer:
             assert answer.readline().startswith(b"HTTP/1.1 200 ")

@@ -185,7 +185,7 @@ def test_each_token_is_found_by_its_name(folder: Path, write_tokens: Callable[..
         (f"[tokens]\nEMC = {digest('x')}\n\xff\xfe\n", None, "UTF-8"),
     ],
 )
-def test_mistake_in_the_token_file_is_told_by_line(
+def test_mistake_in_a_token_file_has_its_line(
     folder: Path, write_tokens: Callable[..., str], text: str, where: int | None, reason: str
 ) -> None:
     path = write_tokens("")
@@ -228,9 +228,7 @@ def texts_of(error: BaseException | None) -> Iterator[str]:
         f"[tokens]\nname = {'0' * 63}é {SECRET}\n",
     ],
 )
-def test_token_in_a_wrong_file_stands_in_no_exception(
-    folder: Path, write_tokens: Callable[..., str], text: str
-) -> None:
+def test_token_in_a_wrong_file_stays_unsaid(folder: Path, write_tokens: Callable[..., str], text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         read(folder, token="", tokens_file=write_tokens(text))
     assert [said for said in texts_of(caught.value) if SECRET in said] == []

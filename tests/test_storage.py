@@ -136,7 +136,7 @@ def host_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]
 
 
 @pytest.mark.parametrize("zone", ["UTC0", "America/New_York", "Asia/Kolkata", "Pacific/Auckland", "Europe/Zurich"])
-def test_file_name_does_not_depend_on_the_hosts_time_zone(host_zone: Callable[[str], None], zone: str) -> None:
+def test_file_name_is_the_same_in_any_zone(host_zone: Callable[[str], None], zone: str) -> None:
     host_zone(zone)
     assert file_name("EMC", 1, 1427590800) == "EMChistos_1_DQM_2015_03_29_03_00_00.root"
     assert file_name("EMC", 1, 1448384650) == "EMChistos_1_DQM_2015_11_24_18_04_10.root"
@@ -872,7 +872,7 @@ def test_names_can_be_narrowed(store: Storage) -> None:
     assert [storage.run_of(name) for name in (names[1], NAME, "combined.root")] == [11, 123, None]
 
 
-def test_many_files_are_listed_without_a_look_at_each(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_looks_at_no_single_file(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [file_name("EMC", run, 0) for run in range(3_000)]
     for name in names:
         os.close(os.open(store.folder / name, os.O_WRONLY | os.O_CREAT))
@@ -988,7 +988,7 @@ def test_open_follows_no_link_in_a_files_place(store: Storage, tmp_path: Path) -
         store.open(NAME)
 
 
-def test_a_file_that_vanishes_can_be_read_to_its_end(store: Storage) -> None:
+def test_vanished_file_can_be_read_on(store: Storage) -> None:
     commit(store, NEW)
     with store.open(NAME) as file:
         (store.folder / NAME).unlink()
