@@ -14,11 +14,15 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from server import free_port
 
 HOSTS = ("a", "b")
+FOLDERS = os.environ.get(
+    "DQM_CLUSTER_FOLDERS", ""
+)  # of a file system that is mounted twice already: two paths and a colon
 
 
 class NotHere(Exception):
@@ -118,20 +122,28 @@ class Mount:
 class Cluster:
     """A file system mounted by two hosts, and the daemons behind it by name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, base: Path | None = None) -> None:
+        self.name, self.base = name, base or Path()
         self.mounts: list[Mount] = []
         self.daemons: dict[str, Daemon] = {}
 
     @property
     def paths(self) -> list[Path]:
-        return [mount.path for mount in self.mounts]
+        return [mount.path for mount in self.mounts] or [Path(path) for path in FOLDERS.split(":")]
 
     def stop(self) -> None:
         for mount in self.mounts:
             mount.unmount()
         for daemon in reversed(self.daemons.values()):
             daemon.end(2)
+
+
+Running = contextlib.AbstractContextManager[Cluster]
+
+
+def given() -> Cluster:
+    """Return the file system that is mounted already."""
+    return Cluster("given")
 
 
 # --- CephFS ------------------------------------------------------------------------------------------------------------
@@ -162,21 +174,23 @@ osd data = {base}/osd
 mgr data = {base}/mgr
 mds data = {base}/mds
 keyring = {base}/keyring
-{more}
 """
 
 
 @contextlib.contextmanager
-def cephfs(base: Path, more: str = "") -> Iterator[Cluster]:
-    """Run CephFS: a monitor, a manager, an OSD with bluestore on a file, an MDS, and two ceph-fuse mounts."""
+def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Cluster]:
+    """Run CephFS: a monitor, a manager, an OSD with bluestore on a file, an MDS, and two ceph-fuse mounts.
+
+    A client that is silent for `timeout` seconds is stale, and after `autoclose` seconds evicted: Ceph's own defaults.
+    """
     require("ceph", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse")
-    cluster = Cluster("CephFS")
+    cluster = Cluster("CephFS", base)
     base.mkdir()
     for name in ("mon", "osd", "mgr", "mds"):
         (base / name).mkdir()
     conf = base / "ceph.conf"
     fsid, port = str(uuid.uuid4()), free_port()
-    conf.write_text(CEPH.format(fsid=fsid, port=port, base=base, more=more))
+    conf.write_text(CEPH.format(fsid=fsid, port=port, base=base))
 
     def ceph(*arguments: str) -> str:
         return run("ceph", "-c", conf, "--connect-timeout", "60", *arguments)
@@ -196,6 +210,8 @@ def cephfs(base: Path, more: str = "") -> Iterator[Cluster]:
         for pool in ("metadata", "data"):
             ceph("osd", "pool", "create", pool, "8")
         ceph("fs", "new", "cephfs", "metadata", "data")
+        ceph("fs", "set", "cephfs", "session_timeout", str(timeout))
+        ceph("fs", "set", "cephfs", "session_autoclose", str(autoclose))
         start("mds", "ceph-mds", "-i", "a")
 
         def active() -> bool:
@@ -205,7 +221,15 @@ def cephfs(base: Path, more: str = "") -> Iterator[Cluster]:
 
         wait_until(active, 60, "MDS")
         for host in HOSTS:
-            command = ["ceph-fuse", "-c", conf, "-f", "--pid-file", base / f"{host}.pid", base / f"mount-{host}"]
+            command: list[str | Path] = [
+                "ceph-fuse",
+                "-c",
+                conf,
+                "-f",
+                "--pid-file",
+                base / f"{host}.pid",
+                base / f"mount-{host}",
+            ]
             cluster.mounts.append(Mount(base / f"mount-{host}", command, base / f"mount-{host}.out"))
         yield cluster
     finally:
@@ -219,14 +243,23 @@ def cephfs(base: Path, more: str = "") -> Iterator[Cluster]:
 def cached(base: Path) -> Iterator[Cluster]:
     """Mount one folder twice through bindfs: locks reach across, but names and attributes are cached for a second."""
     require("bindfs")
-    cluster = Cluster("FUSE with caches of 1 s")
+    cluster = Cluster("FUSE with caches of 1 s", base)
     base.mkdir()
     (base / "shared").mkdir()
     options = "entry_timeout=1,attr_timeout=1,negative_timeout=1"
     try:
         for host in HOSTS:
             path = base / f"mount-{host}"
-            command = ["bindfs", "-f", "--enable-lock-forwarding", "-o", options, base / "shared", path]
+            command: list[str | Path] = [
+                "bindfs",
+                "-f",
+                "--multithreaded",
+                "--enable-lock-forwarding",
+                "-o",
+                options,
+                base / "shared",
+                path,
+            ]
             cluster.mounts.append(Mount(path, command, base / f"mount-{host}.out"))
         yield cluster
     finally:
@@ -243,7 +276,7 @@ BRICKS = ("1", "2", "3")
 def glusterfs(base: Path, options: Sequence[str] = COHERENT) -> Iterator[Cluster]:
     """Run GlusterFS, replica 3: a network namespace for each of the three servers, and two mounts."""
     require("glusterd", "gluster", "glusterfs", "ip")
-    cluster = Cluster("GlusterFS, replica 3")
+    cluster = Cluster("GlusterFS, replica 3", base)
     base.mkdir()
     tag = f"g{os.getpid() % 100000}"
     bridge = f"{tag}br"
@@ -276,9 +309,7 @@ def glusterfs(base: Path, options: Sequence[str] = COHERENT) -> Iterator[Cluster
                 inside(server, "glusterd", "--no-daemon", "--log-level", "WARNING"), base / f"glusterd-{server}.out"
             )
 
-        def gluster(*arguments: str) -> str:
-            pid = cluster.daemons["server 1"].process.pid
-            return run("nsenter", f"--target={pid}", "--mount", "--net", "gluster", "--mode=script", *arguments)
+        gluster = partial(_gluster, cluster)
 
         def ready() -> bool:
             with contextlib.suppress(NotHere):
@@ -318,13 +349,21 @@ def _in_namespaces(names: Sequence[str]) -> list[int]:
     return pids
 
 
-def bricks_of(base: Path, server: str) -> list[int]:
-    """Return the processes of a server's brick."""
-    wanted = f"{base}/server-{server}/brick".encode()
-    found = []
+def _gluster(cluster: Cluster, *arguments: str) -> str:
+    """Run the command gluster on server 1, and return what it printed."""
+    pid = cluster.daemons["server 1"].process.pid
+    return run("nsenter", f"--target={pid}", "--mount", "--net", "gluster", "--mode=script", *arguments)
+
+
+def kill_brick(cluster: Cluster, server: str) -> None:
+    brick = f"{cluster.base}/server-{server}/brick".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if b"glusterfsd" in words[0] and wanted in words:
-                found.append(int(path.parent.name))
-    return found
+            if words[0].endswith(b"glusterfsd") and brick in words:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def start_bricks(cluster: Cluster) -> None:
+    """Start the bricks that have been killed."""
+    _gluster(cluster, "volume", "start", "dqm", "force")

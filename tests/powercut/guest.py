@@ -15,10 +15,16 @@ import sys
 import threading
 import time
 import traceback
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from zoneinfo import ZoneInfo
 
 PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+
+from history import look, outcome_of
+
 SHARED, DISK = Path("/mnt"), Path("/media")  # mount points: folders that the host's root file system has
 FOLDER = DISK / "data"
 PORT = 8080
@@ -28,53 +34,6 @@ ROOM = 1 << 20  # bytes that the receiver keeps free on the small disk
 MODULES = Path("/usr/lib/uml/modules")
 FINIT_MODULE = 313  # the number of the system call on x86-64; the host need not have insmod
 DM_TARGET_MSG = 0xC138FD0E  # linux/dm-ioctl.h
-
-
-class Found(NamedTuple):
-    """What a data folder holds."""
-
-    visible: dict[str, str]  # file name: SHA-256
-    replaced: list[list[str]]  # [file name, SHA-256] of each file in .replaced/
-    receipts: list[list[str]]  # [file name, SHA-256, outcome] of each accepted upload
-    leftovers: list[str]  # .incoming/<writer>/<upload>
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def receipts_in(folder: Path) -> list[dict[str, Any]]:
-    """Return the receipts of all runs, read as `.receipts/<run>.jsonl` or `.receipts/<run>/<writer>.jsonl`."""
-    found = []
-    for path in sorted((folder / ".receipts").rglob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                receipt = json.loads(line)
-            except ValueError:  # torn, or the end
-                continue
-            if isinstance(receipt, dict):
-                found.append(receipt)
-    return found
-
-
-def look(folder: Path) -> Found:
-    """Return what is in a data folder, without a receiver's help."""
-    if not folder.is_dir():
-        return Found({}, [], [], [])
-    visible = {path.name: sha256_of(path) for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
-    replaced = [
-        [path.name.partition(".root")[0] + ".root", sha256_of(path)]
-        for path in folder.glob(".replaced/**/*")
-        if path.is_file()
-    ]
-    receipts = [
-        [receipt["filename"], receipt["sha256"], receipt["outcome"]]
-        for receipt in receipts_in(folder)
-        if receipt.get("outcome") in ("stored", "duplicate", "replaced")
-    ]
-    incoming = [path for path in folder.glob(".incoming/*/*") if path.name != "lock"]
-    return Found(visible, replaced, receipts, [str(path.relative_to(folder)) for path in incoming])
 
 
 # --- in the guest ------------------------------------------------------------------------------------------------------
@@ -159,14 +118,14 @@ class Traffic:
     def upload(self, connection: http.client.HTTPConnection, name: tuple[int, int], body: bytes, key: str) -> None:
         headers = {"runNumber": str(name[0]), "timeStamp": str(name[1]), "amoreAgent": "EMC"}
         sha256 = hashlib.sha256(body).hexdigest()
-        self.write("sent", key, *name, sha256)
+        at = datetime.fromtimestamp(name[1], ZoneInfo("Europe/Zurich"))
+        self.write("sent", key, f"EMChistos_{name[0]}_DQM_{at:%Y_%m_%d_%H_%M_%S}.root", sha256)
         status, answer = request(connection, "POST", FILES, body, headers)
         if status != 200:
             print("refused:", status, answer, flush=True)
             self.write("refused", key)
             return
-        outcome = next((word for word in ("duplicate", "replaced") if answer.get(word)), "stored")
-        self.write("acknowledged", key, answer["filename"], answer["sha256"], outcome)
+        self.write("acknowledged", key, answer["filename"], answer["sha256"], outcome_of(answer))
         if len(self.names) < 1000:
             self.names.append(name)
 
@@ -194,7 +153,9 @@ def serve(config: dict[str, Any]) -> None:
     traffic = Traffic(config)
     for number in range(4):  # both workers have surely recovered what a dead one left when each has had an upload
         name = (999, config["boot"] * 10 + number)
-        traffic.upload(http.client.HTTPConnection("127.0.0.1", PORT), name, traffic.bodies[0], f"{config['boot']} first {number}")
+        traffic.upload(
+            http.client.HTTPConnection("127.0.0.1", PORT), name, traffic.bodies[0], f"{config['boot']} first {number}"
+        )
     tell(f"after{config['boot']}", look(FOLDER))
     for thread in range(config["threads"]):
         threading.Thread(target=traffic.send, args=(thread,)).start()
@@ -208,7 +169,6 @@ def serve(config: dict[str, Any]) -> None:
 
 def inspect(config: dict[str, Any]) -> None:
     """Tell of each disk what is on it before and after a receiver has started."""
-    sys.path.insert(0, str(PROJECT))
     body = min((SHARED / "bodies").iterdir()).read_bytes()
     import receiver  # before the fork, as it takes seconds here
 
@@ -224,7 +184,7 @@ def inspect(config: dict[str, Any]) -> None:
                 raise RuntimeError("the receiver does not start")
             tell(f"disk{number}", {"before": before, "after": look(FOLDER)})
             run("umount", str(DISK))
-        except Exception as error:
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             traceback.print_exc()
             tell(f"disk{number}", {"error": repr(error)})
         if config["fs"] == "btrfs":
@@ -247,8 +207,6 @@ def start_receiver(receiver: Any, body: bytes) -> None:
             status = 0
         else:
             print("the receiver does not work:", sent.status_code, sent.text, len(listed), flush=True)
-    except BaseException:
-        traceback.print_exc()
     finally:
         os._exit(status)
 

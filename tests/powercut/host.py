@@ -19,15 +19,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
+from history import Found, History, Upload, judge
 from powercut import guest
-from powercut.guest import Found
 
 SIZE = 1 << 30  # of a disk, bytes; sparse
 LOG_SIZE = 16 << 30
 DISKS = 12  # that one guest looks at
+OWN = "EMChistos_999_DQM_1970_01_01_01_16_39.root"  # what a receiver that inspects a disk uploads
 PAGE = 4096  # what a disk writes whole
 PROGRAMS = ("linux.uml", "dmsetup", "ip", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs")
 MAKE = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q"), "btrfs": ("mkfs.btrfs", "-q")}
@@ -40,87 +41,30 @@ def missing() -> list[str]:
     return programs if any(guest.MODULES.glob("*/kernel/drivers/md/dm-log-writes.ko")) else [*programs, "dm-log-writes"]
 
 
-# --- the judge ---------------------------------------------------------------------------------------------------------
+def read_events(path: Path, history: History) -> None:
+    """Add the uploads of one life of a receiver to a history; the power cut ended those that were under way."""
+    uploads: dict[str, Upload] = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        kind, key, *rest = json.loads(line)
+        if kind == "sent":
+            uploads[key] = history.send(*rest)
+            continue
+        upload = uploads.pop(key)
+        if kind == "acknowledged":
+            name, sha256, outcome = rest
+            assert (name, sha256) == (upload.name, upload.sha256)
+            history.end(upload, outcome)
+        else:
+            history.end(upload)
+    for upload in uploads.values():
+        history.end(upload)
 
 
-class Upload:
-    """One upload: when it was sent and when it ended, as positions among the events."""
-
-    def __init__(self, sent: int, name: str, sha256: str) -> None:
-        self.sent, self.name, self.sha256 = sent, name, sha256
-        self.ended = sys.maxsize
-        self.outcome = ""  # of one that was acknowledged
-
-
-class History:
-    """What was sent and acknowledged in all lives of a receiver, in order."""
-
-    def __init__(self) -> None:
-        self.uploads: list[Upload] = []
-        self.acknowledged: list[Upload] = []
-        self._position = 0
-
-    def add(self, path: Path) -> None:
-        """Add the events of one life; it ended with a power cut, and so did the uploads under way."""
-        uploads: dict[str, Upload] = {}
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            self._position += 1
-            kind, key, *rest = json.loads(line)
-            if kind == "sent":
-                run, time_stamp, sha256 = rest
-                at = datetime.fromtimestamp(time_stamp, ZoneInfo("Europe/Zurich"))
-                upload = Upload(self._position, f"EMChistos_{run}_DQM_{at:%Y_%m_%d_%H_%M_%S}.root", sha256)
-                self.uploads.append(upload)
-                uploads[key] = upload
-                continue
-            uploads[key].ended = self._position
-            if kind == "acknowledged":
-                name, sha256, uploads[key].outcome = rest
-                assert (name, sha256) == (uploads[key].name, uploads[key].sha256)
-                self.acknowledged.append(uploads[key])
-        for upload in uploads.values():
-            upload.ended = min(upload.ended, self._position)
-
-    def names(self) -> list[tuple[int, int]]:
-        """Return runs and time stamps of acknowledged uploads."""
-        found = []
-        for upload in self.acknowledged:
-            parts = upload.name.removesuffix(".root").split("_")
-            local = datetime.strptime("_".join(parts[3:]), "%Y_%m_%d_%H_%M_%S").replace(tzinfo=ZoneInfo("Europe/Zurich"))
-            found.append((int(parts[1]), int(local.timestamp())))
-        return found
-
-
-def judge(found: Found, history: History, count: int) -> dict[str, list[str]]:
-    """Return what is wrong on a disk, by kind, when the first `count` acknowledgements had been given."""
-    wrong = collections.defaultdict(list)
-    promised = history.acknowledged[:count]
-    last_sent: dict[str, int] = {}
-    for upload in promised:
-        last_sent[upload.name] = max(upload.sent, last_sent.get(upload.name, 0))
-    possible = collections.defaultdict(set)  # all that was ever sent for a name
-    current = collections.defaultdict(set)  # of that, what has not been followed by an upload that was acknowledged
-    for upload in history.uploads:
-        possible[upload.name].add(upload.sha256)
-        if upload.ended >= last_sent.get(upload.name, 0):
-            current[upload.name].add(upload.sha256)
-    kept = {(name, sha256) for name, sha256 in [*found.visible.items(), *map(tuple, found.replaced)]}
-    for name, sha256 in found.visible.items():
-        if sha256 not in possible[name]:
-            wrong["torn"].append(name)
-        elif sha256 not in current[name]:
-            wrong["old bytes"].append(name)
-    wrong["torn"] += [name for name, sha256 in found.replaced if sha256 not in possible[name]]
-    for upload in promised:
-        if (upload.name, upload.sha256) not in kept:
-            wrong["lost"].append(f"{upload.name} {upload.sha256}")
-        if upload.name not in found.visible:
-            wrong["nameless"].append(upload.name)
-    receipts = collections.Counter((name, sha256, outcome) for name, sha256, outcome in found.receipts)
-    expected = collections.Counter((upload.name, upload.sha256, upload.outcome) for upload in promised)
-    wrong["no receipt"] += [" ".join(key) for key in expected - receipts]
-    wrong["false receipt"] += [" ".join(key) for key in receipts if key[:2] not in kept]
-    return {kind: sorted(set(what)) for kind, what in wrong.items() if what}
+def run_and_time(name: str) -> tuple[int, int]:
+    """Return run and time stamp of a file name."""
+    _, run, _, *fields = name.removesuffix(".root").split("_")
+    local = datetime(*map(int, fields), tzinfo=ZoneInfo("Europe/Zurich"))  # type: ignore[arg-type,misc]
+    return int(run), int(local.timestamp())
 
 
 # --- the guest ---------------------------------------------------------------------------------------------------------
@@ -135,7 +79,16 @@ class Guest:
 
     def __init__(self, shared: Path, disks: list[Path], config: dict[str, Any]) -> None:
         (shared / "config").write_text(json.dumps(config | {"disks": len(disks)}))
-        command = ["linux.uml", "mem=512M", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "noreboot"]
+        command = [
+            "linux.uml",
+            "mem=512M",
+            "root=/dev/root",
+            "rootfstype=hostfs",
+            "rootflags=/",
+            "ro",
+            "quiet",
+            "noreboot",
+        ]
         command += [f"uml_dir={shared}/uml", "con=null", "con0=null,fd:1", f"init={sys.executable}"]
         command += [f"ubd{chr(ord('b') + number)}={disk}" for number, disk in enumerate(disks)]
         command += [f"POWERCUT_SHARED={shared}", "--", guest.__file__]
@@ -170,7 +123,7 @@ class Guest:
         while any(_living(self.process.pid)):
             time.sleep(0.005)
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -197,15 +150,17 @@ class Result:
     acknowledged: int = 0
     outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
     judged: int = 0  # pairs of a cut and an upload acknowledged before it
-    wrong: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind, in all cuts
-    cuts_with: collections.Counter[str] = field(default_factory=collections.Counter)  # cuts in which a kind was found
-    examples: list[str] = field(default_factory=list)
+    wrong: set[tuple[str, str, str]] = field(default_factory=set)  # (cut, kind, what)
 
-    def add(self, when: str, wrong: dict[str, list[str]]) -> None:
-        for kind, what in wrong.items():
-            self.wrong[kind] += len(what)
-            self.cuts_with[kind] += 1
-            self.examples.append(f"{when}: {kind}: {what[:3]}")
+    def add(self, cut: str, wrong: dict[str, list[str]]) -> None:
+        self.wrong |= {(cut, kind, item) for kind, what in wrong.items() for item in what}
+
+    def kinds(self) -> collections.Counter[str]:
+        """Return how much was wrong, by kind, in all cuts."""
+        return collections.Counter(kind for _, kind, _ in self.wrong)
+
+    def cuts_with(self, kind: str) -> int:
+        return len({cut for cut, found, _ in self.wrong if found == kind})
 
 
 class Experiment:
@@ -224,7 +179,7 @@ class Experiment:
             "threads": threads,
         }
 
-    def __enter__(self) -> Experiment:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -236,25 +191,23 @@ class Experiment:
         disk = self._make_disk(shared / "disk")
         history = History()
         for boot in range(cuts + 1):
-            names = self.chance.sample(history.names(), min(20, len(history.acknowledged)))
-            config = self.config | {"role": "serve", "boot": boot, "logged": False, "names": names}
+            names = sorted({upload.name for upload in history.acknowledged})
+            names = self.chance.sample(names, min(20, len(names)))
+            config = self.config | {"role": "serve", "boot": boot, "logged": False}
+            config["names"] = [run_and_time(name) for name in names]
             events = shared / f"events{boot}"
             with Guest(shared, [disk], config) as guest:
-                for when in ("before", "after"):
-                    found = Found(*guest.read(f"{when}{boot}"))
-                    if when == "after":
-                        self._check_recovered(found, f"kill {boot}")
-                    if boot:
-                        # What was sent since the start is not known yet, and must not be found.
-                        known = {upload.name for upload in history.uploads}
-                        visible = {name: sha256 for name, sha256 in found.visible.items() if name in known}
-                        self._judge(found._replace(visible=visible, receipts=[r for r in found.receipts if r[0] in known]), history, None, f"kill {boot} {when}")
+                self._judge(Found(*guest.read(f"before{boot}")), history, None, f"kill {boot}", False)
+                after = Found(*guest.read(f"after{boot}"))
+                for name in set(after.visible) - {upload.name for upload in history.uploads}:
+                    after = after.without(name)  # the first files of this life, whose events are not read yet
+                self._judge(after, history, None, f"kill {boot}", True)
                 if boot < cuts:
                     wanted = self.chance.randint(5, uploads)
                     guest.wait(lambda events=events, wanted=wanted: _acknowledged(events) >= wanted)  # type: ignore[misc]
                     time.sleep(self.chance.random() * 0.1)
             if boot < cuts:
-                history.add(events)
+                read_events(events, history)
         self._count(cuts, history)
 
     def lose_cache(self, cuts: int, uploads: int) -> None:
@@ -272,7 +225,7 @@ class Experiment:
         with Guest(shared, [disk, log], config) as guest:
             guest.wait(lambda: _acknowledged(shared / "events0") >= uploads, 600)
         history = History()
-        history.add(shared / "events0")
+        read_events(shared / "events0", history)
         entries = list(read_log(log))
         marks = [number for number, entry in enumerate(entries) if entry.flags & MARK]
         moments = sorted(self.chance.sample(range(marks[0], len(entries)), min(cuts, len(entries) - marks[0])))
@@ -287,35 +240,27 @@ class Experiment:
                 self._inspect(shared, disks, history, counts, [f"cache {moment}" for moment in some])
         self._count(len(moments), history)
 
-    def _inspect(
-        self, shared: Path, disks: list[Path], history: History, counts: list[int], names: list[str]
-    ) -> None:
+    def _inspect(self, shared: Path, disks: list[Path], history: History, counts: list[int], names: list[str]) -> None:
         with Guest(shared, disks, self.config | {"role": "inspect"}) as guest:
             for number, path in enumerate(disks):
                 seen = guest.read(f"disk{number}")
                 if "error" in seen:
                     self.result.add(names[number], {"unusable": [seen["error"]]})
                 else:
-                    before, after = Found(*seen["before"]), Found(*seen["after"])
-                    self._judge(before, history, counts[number], f"{names[number]} before")
-                    new = [name for name in after.visible if "_999_DQM_1970_01_01_01_16_39" in name]  # its own upload
-                    visible = {name: sha256 for name, sha256 in after.visible.items() if name not in new}
-                    receipts = [receipt for receipt in after.receipts if receipt[0] not in new]
-                    self._judge(after._replace(visible=visible, receipts=receipts), history, counts[number], f"{names[number]} after")
-                    self._check_recovered(after, names[number])
+                    self._judge(Found(*seen["before"]), history, counts[number], names[number], False)
+                    after = Found(*seen["after"]).without(OWN)
+                    self._judge(after, history, counts[number], names[number], True)
                 (shared / f"disk{number}").unlink()
         for path in disks:
             path.unlink()
 
-    def _judge(self, found: Found, history: History, count: int | None, when: str) -> None:
-        count = len(history.acknowledged) if count is None else min(count, len(history.acknowledged))
-        if "before" in when:
-            self.result.judged += count
-        self.result.add(when, judge(found, history, count))
-
-    def _check_recovered(self, after: Found, when: str) -> None:
-        if after.leftovers:
-            self.result.add(when, {"leftover": after.leftovers})
+    def _judge(self, found: Found, history: History, count: int | None, cut: str, started: bool) -> None:
+        """Judge a disk before or after a receiver has started on it."""
+        if not started:
+            self.result.judged += len(history.acknowledged[:count])
+        elif found.leftovers:
+            self.result.add(cut, {"leftover": found.leftovers})
+        self.result.add(cut, judge(found, history, count))
 
     def _count(self, cuts: int, history: History) -> None:
         self.result.cuts += cuts
