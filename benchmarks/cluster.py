@@ -4,7 +4,7 @@ Command: python benchmarks/cluster.py [--rounds 3] [--seconds 10] [--folder FOLD
 Needs: root, wrk, and what tests/clusters.py needs of a file system.
 
 All daemons run on this machine. A host is one mount with one receiver of two workers, and 16 connections of its own; the
-file is one of ROOT with four TH1 (5 kB). `calls` is commit_calls.py, a process of 16 threads for each host. Both in turn,
+file is one of ROOT with six TH1 (5 kB). `calls` is commit_calls.py, a process of 16 threads for each host. Both in turn,
 round after round, each time in a new folder.
 """
 

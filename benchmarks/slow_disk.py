@@ -4,7 +4,7 @@ Command: python benchmarks/slow_disk.py [--rounds 3] [--seconds 5] [--folder FOL
 Needs: wrk, gcc.
 
 A library that is loaded before the C library lets each fsync and fdatasync sleep before the real one. The file is one of
-ROOT with four TH1 (5 kB); two workers. `calls` is commit_calls.py with as many threads as there are connections. With
+ROOT with six TH1 (5 kB); two workers. `calls` is commit_calls.py with as many threads as there are connections. With
 --other, another checkout of the receiver is measured in the same rounds.
 """
 
