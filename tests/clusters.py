@@ -219,7 +219,7 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
                 return "up:active" in ceph("mds", "stat")
             return False
 
-        wait_until(active, 60, "MDS")
+        wait_until(active, 300, "MDS")
         for host in HOSTS:
             command: list[str | Path] = [
                 "ceph-fuse",
@@ -240,13 +240,13 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
 
 
 @contextlib.contextmanager
-def cached(base: Path) -> Iterator[Cluster]:
-    """Mount one folder twice through bindfs: locks reach across, but names and attributes are cached for a second."""
+def bindfs(base: Path, cache: int) -> Iterator[Cluster]:
+    """Mount one folder twice through bindfs: locks reach across, names and attributes are cached for so many seconds."""
     require("bindfs")
-    cluster = Cluster("FUSE with caches of 1 s", base)
+    cluster = Cluster(f"FUSE, caches of {cache} s", base)
     base.mkdir()
     (base / "shared").mkdir()
-    options = "entry_timeout=1,attr_timeout=1,negative_timeout=1"
+    options = f"entry_timeout={cache},attr_timeout={cache},negative_timeout={cache}"
     try:
         for host in HOSTS:
             path = base / f"mount-{host}"
@@ -269,12 +269,18 @@ def cached(base: Path) -> Iterator[Cluster]:
 # --- GlusterFS ---------------------------------------------------------------------------------------------------------
 
 COHERENT = ("entry-timeout=0", "attribute-timeout=0", "negative-timeout=0")
+COHERENT_VOLUME = ("performance.stat-prefetch off",)
 BRICKS = ("1", "2", "3")
 
 
 @contextlib.contextmanager
-def glusterfs(base: Path, options: Sequence[str] = COHERENT) -> Iterator[Cluster]:
-    """Run GlusterFS, replica 3: a network namespace for each of the three servers, and two mounts."""
+def glusterfs(
+    base: Path, options: Sequence[str] = COHERENT, volume: Sequence[str] = COHERENT_VOLUME
+) -> Iterator[Cluster]:
+    """Run GlusterFS, replica 3: a network namespace for each of the three servers, and two mounts.
+
+    `options` are of the mounts, `volume` those of the volume.
+    """
     require("glusterd", "gluster", "glusterfs", "ip")
     cluster = Cluster("GlusterFS, replica 3", base)
     base.mkdir()
@@ -324,6 +330,8 @@ def glusterfs(base: Path, options: Sequence[str] = COHERENT) -> Iterator[Cluster
         bricks = [f"10.77.0.{server}:{base}/server-{server}/brick" for server in BRICKS]
         gluster("volume", "create", "dqm", "replica", "3", *bricks, "force")
         gluster("volume", "set", "dqm", "network.ping-timeout", "5")
+        for option in volume:
+            gluster("volume", "set", "dqm", *option.split())
         gluster("volume", "start", "dqm")
         for host in HOSTS:
             path = base / f"mount-{host}"
