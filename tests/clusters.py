@@ -6,6 +6,8 @@ All take root. Leaving a context ends every daemon and mount that it has started
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from server import free_port
 
@@ -375,3 +378,57 @@ def kill_brick(cluster: Cluster, server: str) -> None:
 def start_bricks(cluster: Cluster) -> None:
     """Start the bricks that have been killed."""
     _gluster(cluster, "volume", "start", "dqm", "force")
+
+
+# --- what a file system gives ------------------------------------------------------------------------------------------
+
+
+class Coherence(NamedTuple):
+    """How often a file system failed, of so many times that one host renamed a file over a name."""
+
+    renames: int
+    unlocked: int  # the other host could take a lock that was held
+    old_names: int  # the other host saw the old file under the name, though it held the lock
+    old_bytes: int  # it read the old file's bytes
+    moved_descriptors: int  # fstat of a file that the other host had open followed the name to the new file
+    stale: int  # opening it or looking at it failed with ESTALE
+
+
+def probe(cluster: Cluster, renames: int = 50) -> Coherence:
+    """Rename files over one name on one mount, under a lock, and look at the name on the other, under the same lock."""
+    one, other = cluster.paths
+    unlocked = old_names = old_bytes = moved = stale = 0
+    (one / "probe.lock").touch()
+    with (one / "probe.lock").open("r+") as lock, (other / "probe.lock").open("r+") as other_lock:
+        for size in range(1, renames + 1):
+            with locked(lock):
+                (one / "probe.new").write_bytes(b"x" * size)
+                (one / "probe.new").rename(one / "probe")
+                try:
+                    fcntl.flock(other_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    unlocked += 1
+                except BlockingIOError:
+                    pass
+            with locked(other_lock):
+                old_names += (other / "probe").stat().st_size != size
+            try:
+                with (other / "probe").open("rb") as file:  # which fills the other's caches, too
+                    old_bytes += len(file.read()) != size
+                    with locked(lock):
+                        (one / "probe.new").write_bytes(b"x" * (size + 1000))
+                        (one / "probe.new").rename(one / "probe")
+                    moved += os.fstat(file.fileno()).st_size == size + 1000
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                stale += 1
+    return Coherence(renames, unlocked, old_names, old_bytes, moved, stale)
+
+
+@contextlib.contextmanager
+def locked(file: TextIO) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -6,8 +6,10 @@ user-mode-linux and nfs-kernel-server for NFS. What is missing is skipped. The s
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import clusters
 import pytest
-from client import GRAPHS, HISTOGRAMS, PROFILES, SEED, TOKEN, curl, settings
+from client import GRAPHS, HISTOGRAMS, PROFILES, PROJECT, SEED, TOKEN, curl, settings
 from clusters import Cluster
 from history import Found, History, judge, look
 from server import Server
@@ -24,6 +26,7 @@ from traffic import Traffic, at_once, body_of, upload
 
 pytestmark = pytest.mark.slow
 
+only_outside = pytest.mark.skipif(bool(clusters.FOLDERS), reason="this is the inner run")
 MIDST = 20  # uploads acknowledged before something is killed
 
 
@@ -83,9 +86,9 @@ def here(make: Callable[[Path], clusters.Running], base: Path) -> Iterator[Clust
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=["ceph", "gluster"])
+@pytest.fixture(scope="module", params=["given"] if clusters.FOLDERS else ["ceph", "gluster"])
 def cluster(request: pytest.FixtureRequest) -> Cluster:
-    if clusters.FOLDERS:
+    if request.param == "given":
         return clusters.given()
     found: Cluster = request.getfixturevalue(request.param)
     return found
@@ -96,6 +99,14 @@ def pair(cluster: Cluster, tmp_path: Path) -> Iterator[Pair]:
     pair = Pair(cluster, tmp_path, tmp_path.name)
     yield pair
     pair.stop()
+
+
+# --- what the commit needs ---------------------------------------------------------------------------------------------
+
+
+def test_names_are_coherent_under_the_lock(cluster: Cluster) -> None:
+    found = clusters.probe(cluster)
+    assert found == clusters.Coherence(found.renames, 0, 0, 0, 0, 0)
 
 
 # --- one name, two hosts -----------------------------------------------------------------------------------------------
@@ -234,3 +245,68 @@ def test_gluster_killed_brick_loses_nothing(gluster: Cluster, tmp_path: Path) ->
         pair.check()
     finally:
         pair.stop()
+
+
+# --- what goes wrong with caches ---------------------------------------------------------------------------------------
+
+
+@only_outside
+def test_gluster_default_caches_lose_files(tmp_path: Path) -> None:
+    for cluster in here(partial(clusters.glusterfs, options=(), volume=()), tmp_path):
+        found = clusters.probe(cluster)
+        print(found)
+        assert found.old_names or found.stale
+        pair = Pair(cluster, tmp_path, tmp_path.name)
+        try:
+            a, b = pair.ports
+            for time_stamp in range(10):
+                for port, body in ((a, HISTOGRAMS), (b, PROFILES), (a, GRAPHS)):
+                    upload(port, pair.history, 1, time_stamp, body)
+            wrong = judge(look(pair.folders[0]), pair.history)
+            print({kind: len(what) for kind, what in wrong.items()}, f"of {len(pair.history.acknowledged)}")
+            assert wrong["lost"]
+        finally:
+            pair.stop()
+
+
+@only_outside
+@pytest.mark.parametrize("cache", [0, 1])
+def test_path_based_fuse_is_not_coherent(tmp_path: Path, cache: int) -> None:
+    """A descriptor's fstat follows the name to another file, whatever is cached: such a file system is unfit."""
+    for cluster in here(partial(clusters.bindfs, cache=cache), tmp_path):
+        found = clusters.probe(cluster)
+        print(found)
+        assert found.moved_descriptors
+        assert bool(found.old_names) is bool(cache)
+
+
+# --- NFS ---------------------------------------------------------------------------------------------------------------
+
+NFS_OPTIONS = os.environ.get("DQM_NFS_OPTIONS", "vers=4.2,lookupcache=none")
+NFS_PROGRAMS = ("linux.uml", "rpc.nfsd", "rpc.mountd", "exportfs", "rpcbind", "mke2fs", "modprobe", "ip", "nsenter")
+NFS_TESTS = "not ceph and not gluster and not nfs and not fuse and not killed_mount"
+
+
+@only_outside
+def test_nfs_gives_what_the_commit_needs(tmp_path: Path) -> None:
+    """The tests of this file that need two mounts and no more, in a User-Mode Linux with kernel server and clients."""
+    try:
+        clusters.require(*NFS_PROGRAMS)
+    except clusters.NotHere as error:
+        pytest.skip(str(error))
+    disk, log = tmp_path / "disk", tmp_path / "console"
+    with disk.open("wb") as file:
+        file.truncate(1 << 30)
+    variables = {"OPTIONS": NFS_OPTIONS, "PROJECT": PROJECT, "PYTHON": sys.executable, "TESTS": NFS_TESTS}
+    command = ["linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "mem=2G", f"ubd0={disk}"]
+    command += ["con=null", "con0=null,fd:1", f"init={PROJECT}/tests/nfs/init.sh"]
+    command += [f'"{name}={value}"' for name, value in variables.items()]
+    kernel = clusters.Daemon(command, log)
+    try:
+        kernel.process.wait(1800)
+    finally:
+        kernel.kill()
+    said = log.read_text(errors="replace")
+    print(said[said.find("10.9.1.1:/") :])
+    assert said.count(" nfs4 ") >= 2, said
+    assert "exit status 0" in said, said
