@@ -394,7 +394,7 @@ class Coherence(NamedTuple):
     stale: int  # opening it or looking at it failed with ESTALE
 
 
-def probe(cluster: Cluster, renames: int = 50) -> Coherence:
+def probe(cluster: Cluster, renames: int = 10) -> Coherence:
     """Rename files over one name on one mount, under a lock, and look at the name on the other, under the same lock."""
     one, other = cluster.paths
     unlocked = old_names = old_bytes = moved = stale = 0
