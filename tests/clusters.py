@@ -196,7 +196,15 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
     conf.write_text(CEPH.format(fsid=fsid, port=port, base=base))
 
     def ceph(*arguments: str) -> str:
-        return run("ceph", "-c", conf, "--connect-timeout", "60", *arguments)
+        """Run the command ceph, which the monitor may refuse for a moment (EPERM) while daemons join."""
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return run("ceph", "-c", conf, "--connect-timeout", "60", *arguments)
+            except NotHere:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
 
     def start(name: str, *command: str) -> None:
         cluster.daemons[name] = Daemon([*command, "-c", conf, "-f"], base / f"{name}.out")
@@ -217,12 +225,7 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
         ceph("fs", "set", "cephfs", "session_autoclose", str(autoclose))
         start("mds", "ceph-mds", "-i", "a")
 
-        def active() -> bool:
-            with contextlib.suppress(NotHere):
-                return "up:active" in ceph("mds", "stat")
-            return False
-
-        wait_until(active, 300, "MDS")
+        wait_until(lambda: "up:active" in ceph("mds", "stat"), 300, "MDS")
         for host in HOSTS:
             command: list[str | Path] = [
                 "ceph-fuse",
