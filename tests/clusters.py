@@ -101,10 +101,13 @@ class Mount:
     def _wait(self) -> None:
         def ready() -> bool:
             if self.daemon.process.poll() is not None:
-                raise NotHere(f"the mount ended:\n{self.daemon.log.read_text(errors='replace')[-2000:]}")
+                self.daemon.start()
             return mounted(self.path)
 
-        wait_until(ready, 60, f"mount of {self.path}")
+        try:
+            wait_until(ready, 120, f"mount of {self.path}")
+        except NotHere as error:
+            raise NotHere(f"{error}\n{self.daemon.log.read_text(errors='replace')[-2000:]}") from None
 
     def kill(self) -> None:
         """Kill the client at once, as a host dies."""
@@ -196,7 +199,11 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
     conf.write_text(CEPH.format(fsid=fsid, port=port, base=base))
 
     def ceph(*arguments: str) -> str:
-        """Run the command ceph, which the monitor may refuse for a moment (EPERM) while daemons join."""
+        """Run the command ceph.
+
+        Without authentication a client may send a command before it has the monitor's map, and is refused (EPERM): programs
+        fail and daemons end at their start for no other reason, so both are tried again.
+        """
         end = time.monotonic() + 60
         while True:
             try:
@@ -225,7 +232,13 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
         ceph("fs", "set", "cephfs", "session_autoclose", str(autoclose))
         start("mds", "ceph-mds", "-i", "a")
 
-        wait_until(lambda: "up:active" in ceph("mds", "stat"), 300, "MDS")
+        def active() -> bool:
+            for daemon in cluster.daemons.values():
+                if daemon.process.poll() is not None:
+                    daemon.start()
+            return "up:active" in ceph("mds", "stat")
+
+        wait_until(active, 300, "MDS")
         for host in HOSTS:
             command: list[str | Path] = [
                 "ceph-fuse",
