@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -290,6 +291,7 @@ def bindfs(base: Path, cache: int) -> Iterator[Cluster]:
 COHERENT = ("entry-timeout=0", "attribute-timeout=0", "negative-timeout=0")
 COHERENT_VOLUME = ("performance.stat-prefetch off",)
 BRICKS = ("1", "2", "3")
+_numbers = itertools.count()  # of clusters, each with a network of its own
 
 
 @contextlib.contextmanager
@@ -303,7 +305,8 @@ def glusterfs(
     require("glusterd", "gluster", "glusterfs", "ip")
     cluster = Cluster("GlusterFS, replica 3", base)
     base.mkdir()
-    tag = f"g{os.getpid() % 100000}"
+    number = next(_numbers)
+    tag, network = f"g{os.getpid() % 100000}n{number}", f"10.77.{number}"
     bridge = f"{tag}br"
 
     def inside(server: str, *command: str | Path) -> list[str]:
@@ -318,7 +321,7 @@ def glusterfs(
 
     try:
         run("ip", "link", "add", bridge, "type", "bridge")
-        run("ip", "addr", "add", "10.77.0.100/24", "dev", bridge)
+        run("ip", "addr", "add", f"{network}.100/24", "dev", bridge)
         run("ip", "link", "set", bridge, "up")
         for server in BRICKS:
             for name in ("lib", "log", "run", "brick"):
@@ -327,7 +330,7 @@ def glusterfs(
             run("ip", "netns", "add", namespace)
             run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
             run("ip", "link", "set", link, "master", bridge, "up")
-            run("ip", "-n", namespace, "addr", "add", f"10.77.0.{server}/24", "dev", "eth0")
+            run("ip", "-n", namespace, "addr", "add", f"{network}.{server}/24", "dev", "eth0")
             run("ip", "-n", namespace, "link", "set", "eth0", "up")
             run("ip", "-n", namespace, "link", "set", "lo", "up")
             cluster.daemons[f"server {server}"] = Daemon(
@@ -344,9 +347,9 @@ def glusterfs(
 
         wait_until(ready, 60, "glusterd")
         for server in BRICKS[1:]:
-            gluster("peer", "probe", f"10.77.0.{server}")
+            gluster("peer", "probe", f"{network}.{server}")
         wait_until(lambda: gluster("pool", "list").count("Connected") == 3, 60, "peers")
-        bricks = [f"10.77.0.{server}:{base}/server-{server}/brick" for server in BRICKS]
+        bricks = [f"{network}.{server}:{base}/server-{server}/brick" for server in BRICKS]
         gluster("volume", "create", "dqm", "replica", "3", *bricks, "force")
         gluster("volume", "set", "dqm", "network.ping-timeout", "5")
         for option in volume:
@@ -354,7 +357,7 @@ def glusterfs(
         gluster("volume", "start", "dqm")
         for host in HOSTS:
             path = base / f"mount-{host}"
-            command = ["glusterfs", "--no-daemon", "--volfile-server=10.77.0.1", "--volfile-id=dqm"]
+            command = ["glusterfs", "--no-daemon", f"--volfile-server={network}.1", "--volfile-id=dqm"]
             command += [f"--log-file={base}/mount-{host}.log", *(f"--{option}" for option in options), str(path)]
             cluster.mounts.append(Mount(path, command, base / f"mount-{host}.out"))
         yield cluster
