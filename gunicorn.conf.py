@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import encodings.idna  # noqa: F401  Werkzeug loads it later, when --user may be one that cannot read Python's folder
+import gc
 import logging
 import os
 import resource
@@ -75,6 +76,7 @@ def on_reload(server: Any) -> None:
     try:
         server.app.callable.storage.check_folder()  # else the new application would make a folder whose disk is not mounted
         server.app.callable = receiver.create_app()
+        gc.collect()  # the old application, whose parts refer to each other, holds descriptors
     except (receiver.ConfigurationError, StorageError, OSError) as error:
         server.log.error("the tokens stay as they were: %s", error)
 

@@ -257,10 +257,12 @@ def load(running: Server, script: str, target: str, seconds: float, connections:
     return Load(requests / duration * 1e6, median / 1e6, slowest / 1e6, errors, cpu / max(requests, 1))
 
 
-def uploads(running: Server, kind: str, path: Path, seconds: float, connections: int) -> Load:
+def uploads(
+    running: Server, kind: str, path: Path, seconds: float, connections: int, first_time_stamp: int = 1_000_000_000
+) -> Load:
     """Upload a file again and again, after a second to warm up, by PUT to nginx and as a form to the others."""
     method = "PUT" if kind == "nginx" else "POST"
-    for first, duration in ((1_000_000_000, 1.0), (1_500_000_000, seconds)):
+    for first, duration in ((first_time_stamp, 1.0), (first_time_stamp + 10_000_000, seconds)):
         script = _UPLOAD.format(path=path, token=TOKEN, method=method, first=first, target=FILES)
         result = load(running, script, FILES, duration, connections)
     return result
