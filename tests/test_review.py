@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from client import AUTH, visible
+from client import AUTH, FILES, FORM, HISTOGRAMS, PROFILES, multipart, part, send, visible
+from werkzeug.sansio.multipart import MultipartDecoder
 from werkzeug.test import Client
 
 import durable
@@ -24,6 +26,7 @@ import receiver_command
 import uploads
 from durable import Folder, FolderLock, GroupCommit, StorageUnavailable
 from receipts import Receipt, ReceiptLog
+from receiver_requests import ReceiverRequest
 from storage import Storage
 from summaries import Summaries
 from uploads import Upload
@@ -305,3 +308,54 @@ def test_check_config_as_root_makes_nothing(folder: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv(f"DQM_RECEIVER_{name}", str(folder))
     assert "65534" in str(receiver_command.check_config())
     assert list(folder.iterdir()) == []
+
+
+# --- memory and descriptors --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize(
+    ("body", "content_type", "changes"),
+    [
+        (b"invalid", "", {}),
+        (b"", "", {}),
+        (b"x", "", {"token": "wrong"}),
+        (b"x", "", {"sha256": "0" * 64}),
+        (b"--limit\r\nmalformed", FORM, {}),
+        (multipart(part(b"x"))[:-20], FORM, {}),
+    ],
+)
+def test_refused_request_is_freed_at_once(
+    client: Client, body: bytes, content_type: str, changes: dict[str, str]
+) -> None:
+    def count() -> int:
+        return sum(type(one) in (ReceiverRequest, Upload, MultipartDecoder) for one in gc.get_objects())
+
+    before = count()
+    assert send(client, body, content_type, FILES, **changes).status_code == 400
+    assert count() == before
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("call", ["rename", "write"])
+def test_failed_upload_leaves_no_descriptor(client: Client, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    for body in (PROFILES, HISTOGRAMS):  # the second makes .replaced/, which stays open
+        assert send(client, body).status_code == 200
+    before = len(os.listdir("/proc/self/fd"))
+
+    def is_telling(*arguments: Any, **_: Any) -> bool:  # the commit, or a receipt
+        return call == "rename" or bytes(arguments[1]).startswith(b'{"outcome"')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), errno.EIO, is_telling))
+        assert send(client, PROFILES).status_code == 503
+    assert send(client, PROFILES).status_code == 200
+    assert len(os.listdir("/proc/self/fd")) == before
