@@ -422,7 +422,6 @@ class Receiver:
                 runs = runs[runs.index(number) + 1 :] if number in runs else []
             content = {"runs": runs[:limit], "before": runs[limit - 1] if len(runs) > limit else None}
         response = json_response(content)
-        response.add_etag()
         return conditional(request, response)
 
     def describe_run(self, request: ReceiverRequest, run: str) -> Response:

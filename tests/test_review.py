@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any, Self
@@ -110,6 +111,31 @@ def test_interrupted_group_commit_acknowledges_nothing() -> None:
     assert [type(error) for error in failed] == [StorageUnavailable]
 
 
+def test_failed_group_commit_fails_for_all() -> None:
+    entered, waiting = threading.Event(), threading.Event()
+
+    def commit(batch: Sequence[int]) -> list[int | Exception]:
+        entered.set()
+        waiting.wait(10)
+        raise ZeroDivisionError
+
+    group = GroupCommit(commit)
+
+    def call(item: int) -> type[BaseException]:
+        with pytest.raises(ZeroDivisionError) as error:
+            group(item)
+        return error.type
+
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(call, 0)]
+        entered.wait(10)
+        calls += [pool.submit(call, item) for item in (1, 2)]
+        while len(group._waiting) < 2:
+            time.sleep(0.001)
+        waiting.set()
+        assert [one.result(10) for one in calls] == [ZeroDivisionError] * 3
+
+
 def test_folder_of_another_process_is_made_durable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".receipts").mkdir(parents=True, mode=0o700)
     synced: list[str] = []
@@ -124,9 +150,12 @@ def test_folder_of_another_process_is_made_durable(folder: Path, monkeypatch: py
     assert synced == [str(folder)]
 
 
-@pytest.mark.parametrize("make", [lambda folder: ReceiptLog(folder).folder, None])
-def test_child_opens_its_folders_anew(store: Storage, folder: Path, make: Any) -> None:
-    held = make(folder) if make else store._data
+@pytest.mark.parametrize("which", ["data", "receipts", "receipts' data"])
+def test_child_opens_its_folders_anew(store: Storage, folder: Path, which: str) -> None:
+    log = ReceiptLog(folder)
+    log.folder.open()
+    assert log.folder.parent is not None
+    held = {"data": store._data, "receipts": log.folder, "receipts' data": log.folder.parent}[which]
     parent = held.open().fd
     child = os.fork()
     if not child:
@@ -170,6 +199,15 @@ def test_new_writer_waits_for_a_held_lock_once(store: Storage, monkeypatch: pyte
         seconds = time.monotonic() - began
     assert len(failed) == 8
     assert seconds < 3  # one after the other they would need 8 times a second
+
+
+def test_upload_that_cannot_begin_gives_its_room_back(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, b"")  # makes the writer
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(os.open, errno.EMFILE, lambda *_, **__: True))
+        with pytest.raises(StorageUnavailable):
+            store.new_upload(1000)
+    assert store._space._claimed == 0
 
 
 def test_preserved_bytes_are_those_of_their_name(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
