@@ -7,8 +7,10 @@ import errno
 import fcntl
 import gc
 import os
+import shutil
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, tzinfo
@@ -25,7 +27,7 @@ import receipts
 import receiver
 import receiver_command
 import uploads
-from durable import Folder, FolderLock, GroupCommit, StorageUnavailable
+from durable import Folder, FolderLock, GroupCommit, InsufficientStorage, StorageUnavailable
 from receipts import Receipt, ReceiptLog
 from receiver_requests import ReceiverRequest
 from storage import Storage
@@ -175,6 +177,35 @@ def test_start_without_locks_names_them(folder: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in folder.iterdir()] == []
 
 
+def test_folder_that_another_process_has_made_anew_is_used(store: Storage) -> None:
+    put(store, b"old")
+    put(store, b"new")
+    replaced = store.folder / ".replaced"
+    shutil.rmtree(replaced)
+    replaced.mkdir(mode=0o700)
+    assert put(store, b"newest") == "replaced"
+    assert [path.read_bytes() for path in replaced.iterdir()] == [b"new"]
+
+
+@pytest.mark.parametrize("how", ["a link to it", "a folder of another account"])
+def test_hidden_folder_is_not_led_elsewhere(store: Storage, tmp_path: Path, how: str) -> None:
+    replaced = store.folder / ".replaced"
+    put(store, b"old")
+    if how == "a link to it":
+        put(store, b"new")
+        replaced.rename(tmp_path / "moved")
+        replaced.symlink_to(tmp_path / "moved")
+    else:
+        replaced.mkdir(mode=0o700)
+        if os.geteuid() != 0:
+            pytest.skip("only root can give files away")
+        os.chown(replaced, 65534, 65534)
+    before = visible(store.folder)
+    with pytest.raises(StorageUnavailable):
+        put(store, b"newest")
+    assert visible(store.folder) == before
+
+
 # --- uploads.py and storage.py -----------------------------------------------------------------------------------------
 
 
@@ -199,6 +230,24 @@ def test_new_writer_waits_for_a_held_lock_once(store: Storage, monkeypatch: pyte
         seconds = time.monotonic() - began
     assert len(failed) == 8
     assert seconds < 3  # one after the other they would need 8 times a second
+
+
+def test_threads_of_a_process_share_a_writer(store: Storage) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        with FolderLock(Folder(str(store.folder))).hold(1):
+            begun = [pool.submit(store.new_upload) for _ in range(4)]
+            time.sleep(0.2)  # now they wait for the lock, most likely
+        for one in begun:
+            one.result().__exit__()
+    assert len(list((store.folder / ".incoming").iterdir())) == 1
+
+
+def test_reserve_counts_what_the_receiver_may_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system keeps blocks for root: they are free, but not for the receiver."""
+    disk = types.SimpleNamespace(f_bfree=100, f_bavail=10, f_frsize=1)
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: disk)
+    with pytest.raises(InsufficientStorage):
+        Storage(folder, max_file_size=1 << 20, min_free_space=50, max_rejected=0).new_upload()
 
 
 def test_upload_that_cannot_begin_gives_its_room_back(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
