@@ -79,6 +79,19 @@ def test_lock_is_released_where_its_path_fails(folder: Path, monkeypatch: pytest
         pass
 
 
+def test_lock_that_is_always_removed_is_busy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    flock = fcntl.flock
+
+    def remove(fd: int, operation: int) -> None:
+        flock(fd, operation)
+        folder.joinpath(".lock").unlink(missing_ok=True)
+
+    monkeypatch.setattr(fcntl, "flock", remove)
+    with pytest.raises(StorageUnavailable), FolderLock(Folder(str(folder))).hold(0.2):
+        pass
+
+
 def test_interrupted_group_commit_acknowledges_nothing() -> None:
     entered, waiting = threading.Event(), threading.Event()
     failed: list[Exception] = []
