@@ -427,7 +427,7 @@ class Receiver:
     def describe_run(self, request: ReceiverRequest, run: str) -> Response:
         """GET /rest/api/runs/<run>: say what has arrived, by agent."""
         number = check_number("run in the path", run, storage.MAX_RUN)
-        etag = self.receipts.etag(number)
+        etag = f"{self.receipts.etag(number)}-{len(self.settings.agents)}"  # `missing` depends on the expected agents
         if response := not_modified(request, etag):
             return response
         agents = self.summaries.agents(number)
