@@ -1,4 +1,4 @@
-"""What storage and receipts share: folders held by descriptor, group commit, and the meaning of an OSError.
+"""What storage and receipts share: folders held by descriptor, the lock, group commit, and the translation of OSErrors.
 
 Every name in the data folder is used relative to a descriptor of its folder, which was opened without following links. So an account
 that may write to the data folder cannot lead the receiver elsewhere by planting a link, and a swapped folder is noticed.
@@ -313,9 +313,16 @@ class GroupCommit(Generic[Item, Result]):
         with self._lock:
             if not mine.done:  # the batch before was taken without it
                 self._commit_all([self._waiting.popleft() for _ in range(len(self._waiting))])
-        if isinstance(mine.outcome, Exception):
-            raise mine.outcome
-        return mine.outcome  # type: ignore[return-value]  # set when it is done
+        outcome = mine.outcome
+        if isinstance(outcome, Exception):
+            try:
+                raise outcome
+            finally:
+                del (
+                    outcome,
+                    mine,
+                )  # they and this frame, which the exception holds, would wait for the garbage collector
+        return outcome  # type: ignore[return-value]  # set when it is done
 
     def _commit_all(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
         # Where this thread is interrupted (KeyboardInterrupt, a time-out of gevent), the others must not take it for success.

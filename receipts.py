@@ -1,4 +1,4 @@
-"""The log of uploads: one receipt for each, what the receipts of a run add up to, and the newest of them.
+"""The log of uploads: a receipt for each, and queries for the newest receipts.
 
 A receipt is one JSON line of `.receipts/<run>/<writer>.jsonl`. Only one process appends to a log, so its lines are in order of time.
 Receipts that acknowledge an upload are fsynced before the answer, in groups; rejections promise nothing and are not fsynced.
@@ -58,10 +58,10 @@ class RunNotFound(StorageError):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What is recorded of an upload; `id` and `received_at` (UTC) are given when it is appended."""
+    """The record of an upload; `id` and `received_at` (UTC) are set when it is appended."""
 
     outcome: str  # one of OUTCOMES
-    filename: str  # that it has, or would have had
+    filename: str  # the name that the file has, or would have had
     run: int
     time_stamp: int  # Unix seconds
     agent: str
@@ -83,7 +83,7 @@ class Receipt:
 
     @classmethod
     def from_line(cls, line: bytes) -> Receipt | None:
-        """Return the receipt in a line of a log; None where it was cut short by a crash, or is no receipt."""
+        """Return the receipt in a line of a log; None if the line is torn or holds something else."""
         try:
             receipt = cls(**json.loads(line))
         except (ValueError, TypeError, RecursionError):
@@ -156,7 +156,6 @@ class ReceiptLog:
                 # Never InsufficientStorage: an accepted upload has its name already.
                 why = error.strerror if isinstance(error, OSError) else error
                 errors[run] = StorageUnavailable(f"The receipt could not be written: {why}")
-                errors[run].__cause__ = error
         return [errors.get(receipt.run) for receipt in batch]
 
     def _append_to_run(self, run: int, receipts: Sequence[Receipt]) -> None:
@@ -306,7 +305,7 @@ def _end_of_older(log: Descriptor, before: str) -> int:
 
 @dataclass(frozen=True)
 class Query:
-    """Which receipts are wanted: at most `limit`, older than the one with the id `before`, of an agent, with an outcome."""
+    """A query for receipts: at most `limit`, older than the one with the id `before`, of an agent, with an outcome."""
 
     limit: int = 100
     before: str | None = None

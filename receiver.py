@@ -182,10 +182,7 @@ class Receiver:
         try:
             response = self.dispatch(request)
         except Exception as error:  # noqa: BLE001  the one place that turns exceptions into answers
-            refusal = as_refusal(request, error)
-            self.record_refusal(request, refusal)
-            self.discard_body(request)
-            response = error_response(refusal)
+            response = self.refuse(request, as_refusal(request, error))
         return response(environ, start_response)
 
     def dispatch(self, request: ReceiverRequest) -> Response:
@@ -217,8 +214,11 @@ class Receiver:
         if request.method not in ("GET", "HEAD") and request.path != "/" and not request.token.may_send:
             raise RequestRefused(f"The token {request.token.name} may only read", "forbidden", status=403)
 
-    def record_refusal(self, request: ReceiverRequest, refusal: RequestRefused) -> None:
-        """Count a refusal and write its line to the log."""
+    # An exception holds the frames that it has passed. A variable for it in one of them would keep them, with the request and
+    # its buffers, until the garbage collector comes. So methods that an exception does not pass deal with it.
+
+    def refuse(self, request: ReceiverRequest, refusal: RequestRefused) -> Response:
+        """Count a refusal, write its line to the log, and return the answer."""
         if request.is_check:
             self.metrics.count_check("refused")
         else:
@@ -233,9 +233,11 @@ class Receiver:
                 reason_class=refusal.reason_class,
                 reason=refusal.reason or str(refusal),
             )
+        self.discard_body(request)
+        return error_response(refusal)
 
     def discard_body(self, request: ReceiverRequest) -> None:
-        """Have the rest of a refused body read, for its sender to see the answer: much of a sender's with a token, else little."""
+        """Read on after a refusal, so that the sender sees the answer; without a valid token, only for a short time."""
         limit = self.settings.max_file_size + FORM_OVERHEAD - request.body.received if request.token else 0
         discard = request.environ.get("dqm_receiver.discard")  # gunicorn_worker.py reads on after the answer
         if discard is None:
@@ -268,7 +270,7 @@ class Receiver:
         return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
     def check(self, request: ReceiverRequest) -> Response:
-        """POST /rest/api/check: answer what the upload would be answered, and store nothing."""
+        """POST /rest/api/check: give the answer that the upload would get, and store nothing."""
         request.is_check = True
         headers = self.read_head(request, required=False)
         with self.receive_body(request) as upload:
@@ -306,18 +308,18 @@ class Receiver:
         except ClientGone:
             raise
         except (RequestRefused, FileTooLarge) as error:
-            refusal = as_refusal(request, error)
-            facts = error.facts if isinstance(error, FileRejected) else {}
-            reason = refusal.reason or str(refusal)
-            receipt = make_receipt(
-                request, headers, "rejected", reason=reason[:1000], reason_class=refusal.reason_class, **facts
-            )
-            try:
-                self.receipts.append(receipt)
-            except StorageError:
-                logger.exception("a rejected upload could not be recorded")
-            self.report(request, receipt, refusal.status)
+            self.record_rejection(request, headers, as_refusal(request, error))
             raise
+
+    def record_rejection(self, request: ReceiverRequest, headers: UploadHeaders, refusal: RequestRefused) -> None:
+        facts = refusal.facts if isinstance(refusal, FileRejected) else {}
+        reason = (refusal.reason or str(refusal))[:1000]
+        receipt = make_receipt(request, headers, "rejected", reason=reason, reason_class=refusal.reason_class, **facts)
+        try:
+            self.receipts.append(receipt)
+        except StorageError:
+            logger.exception("a rejected upload could not be recorded")
+        self.report(request, receipt, refusal.status)
 
     @contextlib.contextmanager
     def receive_body(self, request: ReceiverRequest) -> Iterator[Upload]:
@@ -356,13 +358,12 @@ class Receiver:
                 self.metrics.observe_validation(seconds)
         if request.mimetype == "application/x-www-form-urlencoded":
             reason += "; `curl -d @file` drops line ends: use `--data-binary @file` or `-F file=@file`"
-        rejected = FileRejected(NOT_VALID, "invalid_root_file", upload, reason, seconds)
         if not request.is_check:
             try:
                 self.storage.quarantine(upload, headers.file_name)
             except StorageError:
                 logger.exception("an invalid upload could not be kept")
-        raise rejected
+        raise FileRejected(NOT_VALID, "invalid_root_file", upload, reason, seconds)
 
     def report(self, request: ReceiverRequest, receipt: Receipt, status: int = 200) -> None:
         """Count an upload that has a receipt and write its line to the log."""
@@ -372,7 +373,7 @@ class Receiver:
         log("upload", outcome=receipt.outcome, status=status, **facts, **reasons)
         request.is_logged = True
 
-    # --- giving files back ---------------------------------------------------------------------------------------------
+    # --- files ---------------------------------------------------------------------------------------------------------
 
     def list_files(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/files: list the accepted files, or send the one named in the query."""
@@ -407,7 +408,7 @@ class Receiver:
             file.close()
             raise
 
-    # --- saying what arrived -------------------------------------------------------------------------------------------
+    # --- runs and receipts ---------------------------------------------------------------------------------------------
 
     def list_runs(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/runs: list the runs that have receipts."""
@@ -422,11 +423,10 @@ class Receiver:
                 runs = runs[runs.index(number) + 1 :] if number in runs else []
             content = {"runs": runs[:limit], "before": runs[limit - 1] if len(runs) > limit else None}
         response = json_response(content)
-        response.add_etag()
         return conditional(request, response)
 
     def describe_run(self, request: ReceiverRequest, run: str) -> Response:
-        """GET /rest/api/runs/<run>: say what has arrived, by agent."""
+        """GET /rest/api/runs/<run>: summarize the uploads of a run by agent."""
         number = check_number("run in the path", run, storage.MAX_RUN)
         expected = zlib.crc32(" ".join(self.settings.agents).encode())  # `missing` depends on it
         etag = f"{self.receipts.etag(number)}-{expected:x}"
@@ -451,6 +451,8 @@ class Receiver:
         receipts, before = self.receipts.newest(number, query)
         return json_response({"receipts": [receipt.content for receipt in receipts], "before": before}, etag=etag)
 
+    # --- the receiver itself -------------------------------------------------------------------------------------------
+
     def health(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/health: say whether the folder can be written and has room."""
         try:
@@ -461,10 +463,10 @@ class Receiver:
         return json_response({"status": 200, "message": "The data folder can be written and has room"})
 
     def show_metrics(self, request: ReceiverRequest) -> Response:
-        """GET /metrics: say it in numbers, for Prometheus."""
+        """GET /metrics: return the metrics for Prometheus."""
         if not self.settings.metrics:
             raise NotFound
-        free: float = math.nan
+        free = math.nan
         with contextlib.suppress(StorageError):  # the other figures are wanted most while the folder fails
             free = self.storage.free_space()
         return Response(self.metrics.render(free), content_type=CONTENT_TYPE_PLAIN_0_0_4)
@@ -474,7 +476,7 @@ class Receiver:
         return Response(installed("openapi.json").read_bytes(), mimetype="application/json")
 
     def show_page(self, request: ReceiverRequest, name: str = "index.html") -> Response:
-        """GET /view/: give out the page for shifters, the files beside it, and those of JSROOT that it loads."""
+        """GET /view/: return a file of the page for shifters, or one of JSROOT that it loads."""
         if request.path == "/view":  # the page's own addresses are relative to /view/
             return Response(status=308, headers={"Location": f"{request.script_root}/view/"})
         if name in _PAGE_FILES:
@@ -531,9 +533,8 @@ def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: s
     described = {key: found.description for key, found in objects.items()}
     answer: dict[str, Any] = {"status": 200} | ({"filename": name} if name else {})
     answer |= {"message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
-    if (
-        12 * sum(len(key) + len(text) + 1 for key, text in described.items()) > _MAX_RECEIVED
-    ):  # JSON: 12 bytes a character
+    characters = sum(len(key) + len(text) + 1 for key, text in described.items())
+    if 12 * characters > _MAX_RECEIVED:  # JSON needs at most 12 bytes for a character
         sizes = accumulate(len(json.dumps({key: text})) for key, text in described.items())
         fitting = sum(1 for _ in takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
         if fitting < len(described):
@@ -549,7 +550,7 @@ def json_response(content: Mapping[str, object], status: int = 200, *, etag: str
 
 
 def not_modified(request: ReceiverRequest, etag: str) -> Response | None:
-    """Return the answer 304 where the client has what the ETag names, before the work for it is done."""
+    """Return the answer 304 if the client has the version with this ETag, before the content is worked out."""
     response = Response(mimetype="application/json")
     response.set_etag(etag)
     return response if conditional(request, response).status_code == 304 else None
@@ -590,7 +591,7 @@ def log(event: str, **facts: object) -> None:
 
 
 def installed(name: str) -> Path:
-    """Return the path of a file that is given out: in a checkout, or where setup.cfg has it installed."""
+    """Return the path of a file that the receiver sends: in a checkout, or where setup.cfg installs it."""
     path = Path(__file__).parent / name
     return path if path.exists() else Path(sysconfig.get_path("data"), "share", "dqm-receiver", name)
 

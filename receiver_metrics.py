@@ -61,9 +61,8 @@ class Metrics:
 
     def __init__(self, folder: str) -> None:
         self._agents: set[str] = set()
-        self._child: Callable[..., Any] = cache(
-            lambda metric, *labels: metric.labels(folder, *labels)
-        )  # labels() costs ten times as much
+        # Cached, because labels() costs ten times as much.
+        self._child: Callable[..., Any] = cache(lambda metric, *labels: metric.labels(folder, *labels))
 
     def count_upload(self, agent: str, outcome: str, size: int, seconds: float) -> None:
         """Count an upload that has a receipt."""

@@ -78,10 +78,10 @@ class ClientGone(RequestRefused):
 
 
 class ReceiverRequest(Request):
-    """A request, with what is known of its sender and its upload: logs and metrics say it when the request is refused."""
+    """A request, with the facts about its sender and upload that logs and metrics need when it is refused."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        super().__init__(environ)
+        super().__init__(environ, populate_request=False)  # no cycle: the request is freed as soon as it is answered
         self.began = time.monotonic()
         self.body = Body(environ, self.content_length or 0)
         self.token: Token | None = None
@@ -90,7 +90,7 @@ class ReceiverRequest(Request):
 
     @property
     def facts(self) -> dict[str, object]:
-        """What is known of the sender and the upload, for the log; headers as they came, because they may be wrong."""
+        """The sender and the upload, for the log; the headers are not checked, because a refusal may be about them."""
         raw = {name: self.headers.get(header) for name, header in (("run", "runNumber"), ("agent", "amoreAgent"))}
         known = {name: value[:100] for name, value in raw.items() if value is not None}
         return {"address": self.remote_addr, "sender": self.token.name if self.token else None, **known}
@@ -188,9 +188,8 @@ class UploadHeaders(NamedTuple):
 
 def _header(headers: Headers, name: str) -> str | None:
     value = headers.get(name)
-    return (
-        None if value is None else value.strip("\t")
-    )  # uWSGI leaves tabs there (RFC 9110, 5.5: not part of the value)
+    # uWSGI leaves tabs around a value, which are not part of it (RFC 9110, 5.5).
+    return None if value is None else value.strip("\t")
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:

@@ -134,8 +134,8 @@ class Storage:
             if storage := this():
                 storage._lock.close()
                 storage._incoming.close()
-                storage._data.reopen()
                 storage._begin_process()
+                storage._data.reopen()
 
         os.register_at_fork(after_in_child=after_fork_in_child)
 

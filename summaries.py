@@ -1,4 +1,4 @@
-"""What the receipts of a run add up to, for each agent."""
+"""Summaries of runs: the receipts of a run, added up by agent."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Summaries:
 
 @dataclass
 class AgentSummary:
-    """What the receipts of a run say of one agent; time stamps in Unix seconds."""
+    """The receipts of one agent in a run, added up; time stamps in Unix seconds."""
 
     files: int = 0  # distinct names
     bytes: int = 0  # of the files that had a name
@@ -89,7 +89,7 @@ class AgentSummary:
 
 @dataclass
 class _Name:
-    """What is known of a file name: the content it had last, whether its first upload is recorded, whether contents differed."""
+    """A file name: its last content, whether its first upload is recorded, and whether it has had different contents."""
 
     __slots__ = ("is_reused", "is_stored", "sha256")
     sha256: bytes  # its first 16 hexadecimal digits

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from client import AUTH, visible
+from client import AUTH, FILES, FORM, HISTOGRAMS, PROFILES, multipart, part, send, visible
+from werkzeug.sansio.multipart import MultipartDecoder
 from werkzeug.test import Client
 
 import durable
@@ -22,8 +27,9 @@ import receipts
 import receiver
 import receiver_command
 import uploads
-from durable import Folder, FolderLock, GroupCommit, StorageUnavailable
+from durable import Folder, FolderLock, GroupCommit, InsufficientStorage, StorageUnavailable
 from receipts import Receipt, ReceiptLog
+from receiver_requests import ReceiverRequest
 from storage import Storage
 from summaries import Summaries
 from uploads import Upload
@@ -107,6 +113,31 @@ def test_interrupted_group_commit_acknowledges_nothing() -> None:
     assert [type(error) for error in failed] == [StorageUnavailable]
 
 
+def test_failed_group_commit_fails_for_all() -> None:
+    entered, waiting = threading.Event(), threading.Event()
+
+    def commit(batch: Sequence[int]) -> list[int | Exception]:
+        entered.set()
+        waiting.wait(10)
+        raise ZeroDivisionError
+
+    group = GroupCommit(commit)
+
+    def call(item: int) -> type[BaseException]:
+        with pytest.raises(ZeroDivisionError) as error:
+            group(item)
+        return error.type
+
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(call, 0)]
+        entered.wait(10)
+        calls += [pool.submit(call, item) for item in (1, 2)]
+        while len(group._waiting) < 2:
+            time.sleep(0.001)
+        waiting.set()
+        assert [one.result(10) for one in calls] == [ZeroDivisionError] * 3
+
+
 def test_folder_of_another_process_is_made_durable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".receipts").mkdir(parents=True, mode=0o700)
     synced: list[str] = []
@@ -121,9 +152,12 @@ def test_folder_of_another_process_is_made_durable(folder: Path, monkeypatch: py
     assert synced == [str(folder)]
 
 
-@pytest.mark.parametrize("make", [lambda folder: ReceiptLog(folder).folder, None])
-def test_child_opens_its_folders_anew(store: Storage, folder: Path, make: Any) -> None:
-    held = make(folder) if make else store._data
+@pytest.mark.parametrize("which", ["data", "receipts", "receipts' data"])
+def test_child_opens_its_folders_anew(store: Storage, folder: Path, which: str) -> None:
+    log = ReceiptLog(folder)
+    log.folder.open()
+    assert log.folder.parent is not None
+    held = {"data": store._data, "receipts": log.folder, "receipts' data": log.folder.parent}[which]
     parent = held.open().fd
     child = os.fork()
     if not child:
@@ -141,6 +175,35 @@ def test_start_without_locks_names_them(folder: Path, monkeypatch: pytest.Monkey
     with pytest.raises(receiver.ConfigurationError, match="flock"):
         receiver.create_app({"DQM_RECEIVER_TOKEN": "t", "DQM_RECEIVER_DATA_FOLDER": str(folder)})
     assert [path.name for path in folder.iterdir()] == []
+
+
+def test_folder_that_another_process_has_made_anew_is_used(store: Storage) -> None:
+    put(store, b"old")
+    put(store, b"new")
+    replaced = store.folder / ".replaced"
+    shutil.rmtree(replaced)
+    replaced.mkdir(mode=0o700)
+    assert put(store, b"newest") == "replaced"
+    assert [path.read_bytes() for path in replaced.iterdir()] == [b"new"]
+
+
+@pytest.mark.parametrize("how", ["a link to it", "a folder of another account"])
+def test_hidden_folder_is_not_led_elsewhere(store: Storage, tmp_path: Path, how: str) -> None:
+    replaced = store.folder / ".replaced"
+    put(store, b"old")
+    if how == "a link to it":
+        put(store, b"new")
+        replaced.rename(tmp_path / "moved")
+        replaced.symlink_to(tmp_path / "moved")
+    else:
+        replaced.mkdir(mode=0o700)
+        if os.geteuid() != 0:
+            pytest.skip("only root can give files away")
+        os.chown(replaced, 65534, 65534)
+    before = visible(store.folder)
+    with pytest.raises(StorageUnavailable):
+        put(store, b"newest")
+    assert visible(store.folder) == before
 
 
 # --- uploads.py and storage.py -----------------------------------------------------------------------------------------
@@ -167,6 +230,33 @@ def test_new_writer_waits_for_a_held_lock_once(store: Storage, monkeypatch: pyte
         seconds = time.monotonic() - began
     assert len(failed) == 8
     assert seconds < 3  # one after the other they would need 8 times a second
+
+
+def test_threads_of_a_process_share_a_writer(store: Storage) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        with FolderLock(Folder(str(store.folder))).hold(1):
+            begun = [pool.submit(store.new_upload) for _ in range(4)]
+            time.sleep(0.2)  # now they wait for the lock, most likely
+        for one in begun:
+            one.result().__exit__()
+    assert len(list((store.folder / ".incoming").iterdir())) == 1
+
+
+def test_reserve_counts_what_the_receiver_may_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system keeps blocks for root: they are free, but not for the receiver."""
+    disk = types.SimpleNamespace(f_bfree=100, f_bavail=10, f_frsize=1)
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: disk)
+    with pytest.raises(InsufficientStorage):
+        Storage(folder, max_file_size=1 << 20, min_free_space=50, max_rejected=0).new_upload()
+
+
+def test_upload_that_cannot_begin_gives_its_room_back(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, b"")  # makes the writer
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(os.open, errno.EMFILE, lambda *_, **__: True))
+        with pytest.raises(StorageUnavailable):
+            store.new_upload(1000)
+    assert store._space._claimed == 0
 
 
 def test_preserved_bytes_are_those_of_their_name(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,3 +395,54 @@ def test_check_config_as_root_makes_nothing(folder: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv(f"DQM_RECEIVER_{name}", str(folder))
     assert "65534" in str(receiver_command.check_config())
     assert list(folder.iterdir()) == []
+
+
+# --- memory and descriptors --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize(
+    ("body", "content_type", "changes"),
+    [
+        (b"invalid", "", {}),
+        (b"", "", {}),
+        (b"x", "", {"token": "wrong"}),
+        (b"x", "", {"sha256": "0" * 64}),
+        (b"--limit\r\nmalformed", FORM, {}),
+        (multipart(part(b"x"))[:-20], FORM, {}),
+    ],
+)
+def test_refused_request_is_freed_at_once(
+    client: Client, body: bytes, content_type: str, changes: dict[str, str]
+) -> None:
+    def count() -> int:
+        return sum(type(one) in (ReceiverRequest, Upload, MultipartDecoder) for one in gc.get_objects())
+
+    before = count()
+    assert send(client, body, content_type, FILES, **changes).status_code == 400
+    assert count() == before
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("call", ["rename", "write"])
+def test_failed_upload_leaves_no_descriptor(client: Client, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    for body in (PROFILES, HISTOGRAMS):  # the second makes .replaced/, which stays open
+        assert send(client, body).status_code == 200
+    before = len(os.listdir("/proc/self/fd"))
+
+    def is_telling(*arguments: Any, **_: Any) -> bool:  # the commit, or a receipt
+        return call == "rename" or bytes(arguments[1]).startswith(b'{"outcome"')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), errno.EIO, is_telling))
+        assert send(client, PROFILES).status_code == 503
+    assert send(client, PROFILES).status_code == 200
+    assert len(os.listdir("/proc/self/fd")) == before
