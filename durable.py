@@ -251,17 +251,15 @@ class FolderLock:
         pause = 0.0002
         while True:
             file = self._file = self._file or open_regular(".lock", os.O_RDWR | os.O_CREAT, data, mode=0o600)
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise _lock_is_busy(seconds) from None
-                time.sleep(pause)
-                pause = min(2 * pause, 0.02)
-                continue
-            if file.leads(".lock", data):
-                return
-            self._file = None  # `.lock` was removed: this one excludes only processes that opened it earlier
+                if file.leads(".lock", data):
+                    return
+                self._file = None  # `.lock` was removed: this one excludes only processes that opened it earlier
+            if time.monotonic() > end:
+                raise _lock_is_busy(seconds)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
 
 
 def _lock_is_busy(seconds: float) -> StorageUnavailable:

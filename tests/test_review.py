@@ -79,6 +79,19 @@ def test_lock_is_released_where_its_path_fails(folder: Path, monkeypatch: pytest
         pass
 
 
+def test_lock_that_is_always_removed_is_busy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    flock = fcntl.flock
+
+    def remove(fd: int, operation: int) -> None:
+        flock(fd, operation)
+        folder.joinpath(".lock").unlink(missing_ok=True)
+
+    monkeypatch.setattr(fcntl, "flock", remove)
+    with pytest.raises(StorageUnavailable), FolderLock(Folder(str(folder))).hold(0.2):
+        pass
+
+
 def test_interrupted_group_commit_acknowledges_nothing() -> None:
     entered, waiting = threading.Event(), threading.Event()
     failed: list[Exception] = []
@@ -230,6 +243,27 @@ def test_new_writer_waits_for_a_held_lock_once(store: Storage, monkeypatch: pyte
         seconds = time.monotonic() - began
     assert len(failed) == 8
     assert seconds < 3  # one after the other they would need 8 times a second
+
+
+def test_deleted_writer_is_replaced(store: Storage) -> None:
+    put(store, b"old")
+    for writer in (store.folder / ".incoming").iterdir():
+        shutil.rmtree(writer)
+    assert put(store, b"new") == "replaced"
+
+
+def test_duplicate_makes_the_first_file_durable(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.folder.joinpath(NAME).write_bytes(b"of another program, which has not synced it")
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def record(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    assert put(store, store.folder.joinpath(NAME).read_bytes()) == "duplicate"
+    assert store.folder.joinpath(NAME).stat().st_ino in synced
 
 
 def test_threads_of_a_process_share_a_writer(store: Storage) -> None:
