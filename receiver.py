@@ -17,6 +17,7 @@ import socket
 import sysconfig
 import threading
 import time
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -427,7 +428,8 @@ class Receiver:
     def describe_run(self, request: ReceiverRequest, run: str) -> Response:
         """GET /rest/api/runs/<run>: summarize the uploads of a run by agent."""
         number = check_number("run in the path", run, storage.MAX_RUN)
-        etag = self.receipts.etag(number)
+        expected = zlib.crc32(" ".join(self.settings.agents).encode())  # `missing` depends on it
+        etag = f"{self.receipts.etag(number)}-{expected:x}"
         if response := not_modified(request, etag):
             return response
         agents = self.summaries.agents(number)

@@ -88,7 +88,8 @@ def check_root_file(path_or_descriptor: str | os.PathLike[str] | int) -> dict[st
         try:
             references = _read_directories(file)
             names = _RecordWalk(file, references).run()
-            compare_with_uproot(reader, references.top_level_keys.values())
+            start = header.begin + header.name_size
+            compare_with_uproot(reader, start, header.end, references.top_level_keys.values())
         except (InvalidRootFile, InflateError) as error:
             if not header.is_of_uproot_3:
                 raise InvalidRootFile(str(error)) from (error.__cause__ or error)

@@ -13,54 +13,13 @@ import pytest
 from client import (
     DATA,
     FILES,
-    GRAPHS,
     HEADERS,
-    HISTOGRAMS,
-    NAME,
-    PROFILES,
-    PROJECT,
-    ROUNDS,
-    SEED,
-    TOKEN,
-    Answer,
-    Reply,
-    curl,
-    post,
-    receipts,
     settings,
-    visible,
-    wait_until,
 )
-from server import Nginx, Server, adapted, free_port
+from server import Server
 from werkzeug.test import Client
 
 import receiver
-
-__all__ = [
-    "DATA",
-    "FILES",
-    "GRAPHS",
-    "HEADERS",
-    "HISTOGRAMS",
-    "NAME",
-    "PROFILES",
-    "PROJECT",
-    "ROUNDS",
-    "SEED",
-    "TOKEN",
-    "Answer",
-    "Nginx",
-    "Reply",
-    "Server",
-    "adapted",
-    "curl",
-    "free_port",
-    "post",
-    "receipts",
-    "settings",
-    "visible",
-    "wait_until",
-]  # until every test imports them from client and server
 
 
 @pytest.fixture

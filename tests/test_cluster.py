@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -282,22 +283,27 @@ def test_path_based_fuse_is_not_coherent(tmp_path: Path, cache: int) -> None:
 
 # --- NFS ---------------------------------------------------------------------------------------------------------------
 
-NFS_OPTIONS = os.environ.get("DQM_NFS_OPTIONS", "vers=4.2,lookupcache=none")
 NFS_PROGRAMS = ("linux.uml", "rpc.nfsd", "rpc.mountd", "exportfs", "rpcbind", "mke2fs", "modprobe", "ip", "nsenter")
 NFS_TESTS = "not ceph and not gluster and not nfs and not fuse and not killed_mount"
 
 
 @only_outside
 def test_nfs_gives_what_the_commit_needs(tmp_path: Path) -> None:
-    """The tests of this file that need two mounts and no more, in a User-Mode Linux with kernel server and clients."""
+    """The tests of this file that need two mounts and no more, in a User-Mode Linux with kernel server and clients.
+
+    The mounts have the documented options, or those of DQM_NFS_OPTIONS.
+    """
     try:
         clusters.require(*NFS_PROGRAMS)
     except clusters.NotHere as error:
         pytest.skip(str(error))
+    documented = re.search(r"`(vers=4\.2[^`]*)`", (PROJECT / "docs" / "filesystems.md").read_text())
+    assert documented
+    options = os.environ.get("DQM_NFS_OPTIONS", documented[1])
     disk, log = tmp_path / "disk", tmp_path / "console"
     with disk.open("wb") as file:
         file.truncate(1 << 30)
-    variables = {"OPTIONS": NFS_OPTIONS, "PROJECT": PROJECT, "PYTHON": sys.executable, "TESTS": NFS_TESTS}
+    variables = {"OPTIONS": options, "PROJECT": PROJECT, "PYTHON": sys.executable, "TESTS": NFS_TESTS}
     command = ["linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "mem=2G", f"ubd0={disk}"]
     command += ["con=null", "con0=null,fd:1", f"init={PROJECT}/tests/nfs/init.sh"]
     command += [f'"{name}={value}"' for name, value in variables.items()]

@@ -232,7 +232,7 @@ def test_documented_commands_add_and_replace_tokens(tmp_path: Path) -> None:
         "/etc/dqm-receiver/tokens.ini": str(tokens),
         "systemctl": ": ",
     }
-    scripts = re.findall(r"```sh\n(umask.*?)```", section("Tokens"), re.DOTALL)
+    scripts = re.findall(r"```sh\n(\(umask.*?)```", section("Tokens"), re.DOTALL)
     made = []
     for script in scripts:
         subprocess.run(["sh", "-ec", adapted(script, changes)], cwd=tmp_path, check=True)

@@ -193,7 +193,7 @@ def test_invalid_upload_never_touches_a_valid_file(client: Client, folder: Path)
         ({"dataStatus": "2"}, NAME),
         ({"sha256": SHA256}, NAME),
         ({"sha256": SHA256.upper()}, NAME),
-        ({"runNumber": "\t123 ", "timeStamp": " 234\t", "amoreAgent": "\ttestagent", "token": f"\t{TOKEN} "}, NAME),
+        ({"runNumber": "\t123", "timeStamp": "234\t", "amoreAgent": "\ttestagent", "token": f"\t{TOKEN}\t"}, NAME),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -369,7 +369,7 @@ EVERYWHERE = [
     [
         (None, NO_TOKEN),
         ("", NO_TOKEN),
-        (" ", NO_TOKEN),
+        (" ", WRONG_TOKEN),
         ("abc", WRONG_TOKEN),
         ("abcde", WRONG_TOKEN),
         ("ABCD", WRONG_TOKEN),
@@ -428,7 +428,7 @@ def test_missing_header_is_named(client: Client, folder: Path, name: str) -> Non
 
 
 NOT_NUMBERS = [
-    "", " ", "x", "-1", "+1", "1.0", "1e2", "0x10", "1_0", "1 2", "1;", "\u0661\u0662", "\uff11", "\xb2", "nan",
+    "", " ", "x", "-1", "+1", "1.0", "1e2", "0x10", "1_0", "1 2", "1;", " 1", "1 ", "\u0661\u0662", "\uff11", "\xb2", "nan",
     "None", "9" * 21, "9" * 5000, "0" * 25,
 ]  # fmt: skip
 WRONG_HEADERS = {

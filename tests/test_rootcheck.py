@@ -1474,45 +1474,35 @@ def test_long_string_that_could_be_taken_for_a_short_one(where: str, length: int
 # --- the second reader -------------------------------------------------------------------------------------------------
 
 
-class Root:
-    """Stands for what uproot opened."""
-
-    def __init__(self, found: dict[str, str]) -> None:
-        self.found = found
-
-    def classnames(self, recursive: bool, cycle: bool) -> dict[str, str]:
-        return self.found if cycle else {name.partition(";")[0]: found for name, found in self.found.items()}
+@pytest.mark.parametrize("attribute", ["fName", "fClassName", "fCycle", "fSeekKey"])
+def test_uproot_that_finds_other_keys(attribute: str, monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> None:
+    original = getattr(uproot.reading.ReadOnlyKey, attribute)
+    monkeypatch.setattr(uproot.reading.ReadOnlyKey, attribute, property(lambda key: original.fget(key) * 2))
+    refuse(small_file().close(), "uproot finds other objects: 'd")
 
 
 @pytest.mark.parametrize(
-    ("found", "name"),
-    [
-        ({"d;1": "TDirectory"}, "h'"),
-        ({"h;1": "TNamed", "d;1": "TDirectory", "more;1": "TNamed"}, "more'"),
-        ({"h;1": "TH1F", "d;1": "TDirectory"}, "h'"),
-        ({"a\udcff;1": "TNamed", "h;1": "TNamed", "d;1": "TDirectory"}, "a\\\\xff'"),
-    ],
+    ("change", "name"), [(lambda keys: keys[:1], "d'"), (lambda keys: [*keys, ("a\udcff", "T", 1, 1)], "a\\\\xff'")]
 )
-def test_uproot_that_finds_other_objects(
-    found: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch, refuse: Refuse
+def test_uproot_that_finds_fewer_or_more_keys(
+    change: Callable[[list[Any]], list[Any]], name: str, monkeypatch: pytest.MonkeyPatch, refuse: Refuse
 ) -> None:
-    monkeypatch.setattr(uproot, "open", lambda *_, **__: Root(found))
+    original = second_reader._keys_of_uproot
+    monkeypatch.setattr(second_reader, "_keys_of_uproot", lambda *arguments: change(original(*arguments)))
     refuse(small_file().close(), f"uproot finds other objects: '{name}")
 
 
-def test_uproot_that_finds_another_cycle(monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> None:
-    """Where a name has several; the name and the class of the others say which they are."""
+@pytest.mark.parametrize("length", [0, 254, 255, 256, 30_000])
+def test_uproot_reads_names_of_all_lengths(length: int, check: Check) -> None:
     file = File()
-    file.add(b"TNamed", b"h", tnamed(b"h"), cycle=2)
-    file.add(b"TNamed", b"h", tnamed(b"h"), cycle=1)
-    monkeypatch.setattr(uproot, "open", lambda *_, **__: Root({"h;3": "TNamed", "h;1": "TNamed"}))
-    refuse(file.close(), "uproot finds other objects: 'h;")
+    for name in (b"a" * length, b"b"):
+        file.add(b"TNamed", name, tnamed(name))
+    assert [key[:1000] for key in check(file.close())] == ["a" * min(length, 1000), "b"]
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        OSError("o"),
         ValueError("v"),
         AssertionError("a"),
         RecursionError("r"),
@@ -1525,7 +1515,7 @@ def test_uproot_that_raises(error: Exception, monkeypatch: pytest.MonkeyPatch, c
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(uproot, "open", fail)
+    monkeypatch.setattr(uproot.reading, "ReadOnlyKey", fail)
     with pytest.raises(InvalidRootFile, match="uproot cannot read the file") as refusal:
         check(small_file().close())
     assert refusal.value.__cause__ is error
@@ -1536,7 +1526,7 @@ def test_what_is_no_fault_of_the_file_is_no_verdict_on_it(monkeypatch: pytest.Mo
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(uproot, "open", no_memory)
+        patch.setattr(uproot.reading, "ReadOnlyKey", no_memory)
         with pytest.raises(MemoryError):
             check(small_file().close())
 
@@ -1545,18 +1535,18 @@ def test_what_is_no_fault_of_the_file_is_no_verdict_on_it(monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(second_reader, "WINDOW", 0)  # as if the file were too large to be in memory
-        patch.setattr(second_reader._UprootSource, "chunk", chunk_of(broken_disk))
+        patch.setattr(second_reader._File, "chunk", chunk_of(broken_disk))
         with pytest.raises(OSError, match="the disk is broken"):
             check(small_file().close())
 
 
 def chunk_of(pread: Callable[..., bytes]) -> Callable[..., object]:
     """Return uproot's way to read, with a `pread` of its own for the file."""
-    original = second_reader._UprootSource.chunk
+    original = second_reader._File.chunk
 
-    def chunk(source: second_reader._UprootSource, start: int, stop: int) -> object:
-        source._reader.pread = pread  # type: ignore[method-assign]
-        return original(source, start, stop)
+    def chunk(file: second_reader._File, start: int, stop: int) -> object:
+        file._reader.pread = pread  # type: ignore[method-assign]
+        return original(file, start, stop)
 
     return chunk
 
@@ -1575,7 +1565,7 @@ def test_uproot_is_not_asked_about_files_refused_before(monkeypatch: pytest.Monk
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(uproot, "open", fail)
+    monkeypatch.setattr(uproot.reading, "ReadOnlyKey", fail)
     refuse(small_file().close()[:-1], "cut short")
 
 

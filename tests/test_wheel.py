@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DATA, HISTOGRAMS, PROJECT, Server, curl, post, settings
+from client import DATA, HISTOGRAMS, PROJECT, curl, post, settings
+from server import Server
 
 # Beside the modules of the application; what is left out are settings of tools.
 MODULES = {path.name for path in PROJECT.glob("*.py")} - {"noxfile.py", "gunicorn.conf.py"}

@@ -449,7 +449,15 @@ def write_tree(file: Any) -> None:
     tree.Write()
 
 
-CHANGES: tuple[Callable[[Any], None], ...] = (add_objects, overwrite_first, delete_first, add_directory, delete_all_but_one, change_nothing, write_tree)
+CHANGES: tuple[Callable[[Any], None], ...] = (
+    add_objects,
+    overwrite_first,
+    delete_first,
+    add_directory,
+    delete_all_but_one,
+    change_nothing,
+    write_tree,
+)
 
 
 def change(path: Path, changes: list[Callable[[Any], None]], compressions: list[int]) -> None:
