@@ -92,7 +92,7 @@ class Metrics:
     def render(self, free_bytes: float) -> bytes:
         """Return all metrics as text; the cost does not depend on how much has arrived."""
         self._child(_free).set(free_bytes)
-        for reason_class in REASON_CLASSES:  # Prometheus can compute a rate only if the series exists before the first refusal
+        for reason_class in REASON_CLASSES:  # Prometheus computes rates only for series that exist
             self._child(_rejections, reason_class)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(_registry)
