@@ -40,7 +40,6 @@ from durable import (
     Folder,
     FolderLock,
     GroupCommit,
-    InsufficientStorage,
     StorageError,
     StorageUnavailable,
     check_flock,
@@ -230,9 +229,8 @@ class Storage:
             os.link(name, preserved, src_dir_fd=data.fd, dst_dir_fd=replaced.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        except OSError as error:  # preserved earlier; or no hard links here, or the file has too many of them
-            if isinstance(translate(error), InsufficientStorage):
-                raise
+        except OSError:
+            pass  # preserved earlier; or no hard links here, or the file has too many of them
         if not file.leads(preserved, replaced):  # another file, if the first name has changed: its bytes may differ
             self._copy(file, preserved, replaced)
         self._sync(replaced)

@@ -58,7 +58,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 
 class Daemon:
-    """A program in the foreground that can be killed, stopped for a while and started again."""
+    """A program in the foreground that can be killed and started again."""
 
     def __init__(self, command: Sequence[str | Path], log: Path, prefix: Sequence[str] = ()) -> None:
         self.command, self.log = [*prefix, *command], log
@@ -81,9 +81,6 @@ class Daemon:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         self.kill()
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
 
 
 def mounted(path: Path) -> bool:

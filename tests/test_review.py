@@ -252,18 +252,67 @@ def test_deleted_writer_is_replaced(store: Storage) -> None:
     assert put(store, b"new") == "replaced"
 
 
-def test_duplicate_makes_the_first_file_durable(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.folder.joinpath(NAME).write_bytes(b"of another program, which has not synced it")
-    synced: list[int] = []
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inodes that were fsynced."""
+    inodes: list[int] = []
     fsync = os.fsync
 
     def record(fd: int) -> None:
-        synced.append(os.fstat(fd).st_ino)
+        inodes.append(os.fstat(fd).st_ino)
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", record)
-    assert put(store, store.folder.joinpath(NAME).read_bytes()) == "duplicate"
-    assert store.folder.joinpath(NAME).stat().st_ino in synced
+    return inodes
+
+
+def test_duplicate_makes_the_first_file_durable(store: Storage, synced: list[int]) -> None:
+    file = store.folder / NAME
+    file.write_bytes(b"of another program, which has not synced it")
+    assert put(store, file.read_bytes()) == "duplicate"
+    assert file.stat().st_ino in synced
+
+
+def test_preserved_copy_is_durable(store: Storage, synced: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, b"old")
+    monkeypatch.setattr(os, "link", failing(os.link, errno.EOPNOTSUPP, lambda *_, **__: True))
+    put(store, b"new")
+    (preserved,) = (store.folder / ".replaced").iterdir()
+    assert synced.index(preserved.stat().st_ino) < synced.index(preserved.parent.stat().st_ino)
+
+
+@pytest.mark.parametrize("change", ["content", "size", "time"])
+def test_file_that_changes_in_place_is_compared_again(store: Storage, change: str) -> None:
+    """Another program that writes into a file keeps its inode."""
+    file = store.folder / NAME
+    put(store, b"old")
+    commit = store._commits
+
+    def change_first(pending: Any) -> bool:
+        store._commits = commit
+        status = file.stat()
+        with file.open("r+b") as opened:
+            opened.write({"content": b"OLD", "size": b"older", "time": b"old"}[change])
+        os.utime(file, ns=(0, status.st_mtime_ns + (change != "size")))
+        return commit(pending)
+
+    store._commits = change_first  # type: ignore[assignment]
+    assert put(store, b"new") == "replaced"
+    preserved = {path.read_bytes() for path in (store.folder / ".replaced").iterdir()}
+    assert {"content": b"OLD", "size": b"older", "time": b"old"}[change] in preserved
+
+
+def test_upload_begun_before_a_failed_fsync_is_503(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, b"old")
+    data = store.folder.stat().st_ino
+    with begin(store, b"new") as upload:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing(os.fsync, errno.EIO, lambda fd: os.fstat(fd).st_ino == data))
+            with pytest.raises(StorageUnavailable), begin(store, b"another") as another:
+                store.commit(another, "another.root")
+        with pytest.raises(StorageUnavailable, match="restarted"):
+            store.commit(upload, NAME)
+    assert store.folder.joinpath(NAME).read_bytes() == b"old"
 
 
 def test_threads_of_a_process_share_a_writer(store: Storage) -> None:
