@@ -47,7 +47,7 @@ def send_file(request: Request, file: BufferedReader, name: str) -> Response:
     if request.headers.get("If-Range") not in (None, response.headers["ETag"]):
         single = False  # a date does not tell files of one second apart (RFC 9110, 13.1.5)
     if ranges is not None and single and -(ranges.ranges[0][0] or 0) > status.st_size:
-        single = False  # the last so many bytes, which are more than there are
+        single = False  # more bytes from the end than the file has
     response.make_conditional(environ, accept_ranges=single, complete_length=status.st_size)
     since = request.if_unmodified_since
     late = not request.if_match and since is not None and response.last_modified > since
@@ -72,7 +72,7 @@ def _set_body(request: Request, response: Response, file: BufferedReader, size: 
 
 
 def conditional(request: Request, response: Response) -> Response:
-    """Return an answer with its ETag, or 304 where the client has it; raises PreconditionFailed."""
+    """Return an answer with its ETag, or 304 if the client has it; raises PreconditionFailed."""
     response.add_etag()  # of the content, where it has none yet
     response.make_conditional(_without_if_match_any(request))
     if response.status_code == 412:
@@ -96,7 +96,7 @@ def _read_range(file: BufferedReader, start: int, length: int) -> Iterator[bytes
 
 
 def _sha256_of(file: BufferedReader, status: os.stat_result) -> bytes:
-    """Return the digest of a whole file; it is remembered, because a sender may ask for it with each of many ranges."""
+    """Return the digest of a whole file. It is cached, because a client may ask for it with each of many ranges."""
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     digest = _digests.get(key)
     if digest is None:

@@ -1,4 +1,4 @@
-"""What storage and receipts share: folders held by descriptor, the lock, group commit, and the translation of OSErrors.
+"""Shared by storage and receipts: folders held by descriptor, the lock, group commit, and the translation of OSErrors.
 
 Every name in the data folder is used relative to a descriptor of its folder, which was opened without following links. So an account
 that may write to the data folder cannot lead the receiver elsewhere by planting a link, and a swapped folder is noticed.
@@ -68,7 +68,7 @@ def translate(error: OSError) -> StorageError:
 
 
 class Descriptor:
-    """An open file or folder, closed when the last reference to it goes: no thread meets a descriptor that was reused."""
+    """An open file or folder. It is closed with its last reference, so no thread meets a descriptor that was reused."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -83,7 +83,7 @@ class Descriptor:
         return os.path.samestat(now, self.status)
 
     def require_writable(self) -> None:
-        """Raise StorageUnavailable where this process may not make names in the folder."""
+        """Raise StorageUnavailable if this process may not make names in the folder."""
         if not os.access(".", os.W_OK | os.X_OK, dir_fd=self.fd, effective_ids=True):
             raise StorageUnavailable("The data folder cannot be used: it may not be written")
 

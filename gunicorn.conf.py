@@ -24,7 +24,7 @@ workers = min(len(os.sched_getaffinity(0)), 4)
 threads = 128
 worker_connections = 8192
 
-# An upload under way is finished before a worker stops (SIGTERM) or gives way to a new one (SIGHUP).
+# A worker that stops (SIGTERM) or is replaced (SIGHUP) finishes its uploads first.
 graceful_timeout = 600
 
 # A head has at most 64 KiB (gunicorn_worker.MAX_HEAD) and 64 fields of 8190 bytes: what nginx passes on by default, cookies
@@ -32,7 +32,7 @@ graceful_timeout = 600
 limit_request_fields = 64
 limit_request_field_size = 8190
 
-# nginx's header alone: with gunicorn's defaults, a client that sends X-Forwarded-Ssl or -Protocol beside it gets a 400.
+# Only the header that nginx sets: by default, gunicorn answers 400 if a client sends X-Forwarded-Ssl or -Protocol beside it.
 secure_scheme_headers = {"X-FORWARDED-PROTO": "https"}
 
 # The application is loaded before the workers fork: a mistake in the settings is one line and no loop of dying workers.
@@ -44,7 +44,7 @@ control_socket_disable = True
 # The workers' heartbeat: in memory, because a disk that hangs would end them.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
-# A login shell's usual limit, 1024, is less than the connections and the files of those that upload.
+# A login shell's usual limit, 1024, is too low for the connections and the files of uploads.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
@@ -69,12 +69,12 @@ def when_ready(server: Any) -> None:
 
 
 def on_reload(server: Any) -> None:
-    """On SIGHUP: read the token file again, or go on with the old tokens where there is a mistake."""
+    """On SIGHUP: read the token file again; if it has a mistake, keep the old tokens."""
     import receiver
     from durable import StorageError
 
     try:
-        server.app.callable.storage.check_folder()  # else the new application would make a folder whose disk is not mounted
+        server.app.callable.storage.check_folder()  # else the new application would make the folder while its disk is not mounted
         server.app.callable = receiver.create_app()
         gc.collect()  # the old application, whose parts refer to each other, holds descriptors
     except (receiver.ConfigurationError, StorageError, OSError) as error:
@@ -82,7 +82,7 @@ def on_reload(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """In a worker, before its first request; it may have taken the place of one that died amid uploads."""
+    """In a worker, before its first request: recover the uploads of a worker that died, and check the folder."""
     from durable import StorageError
 
     storage = worker.app.callable.storage

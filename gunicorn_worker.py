@@ -1,4 +1,4 @@
-"""gunicorn's worker class for the DQM receiver: threads work, and the event loop waits.
+"""gunicorn's worker class for the DQM receiver: threads serve requests, and connections wait in the event loop.
 
 gunicorn's own threads wait for clients: 300 connections that send a byte a second hold every thread of two workers. Here a
 connection has a thread only from a complete request head to its answer. Before and after that it waits in the event loop
@@ -9,8 +9,8 @@ of `ThreadWorker`, which costs a file descriptor:
 - after a refusal, while the rest of the body comes (1 MiB and 5 s, or what the application allows), half-closed, so that
   the client gets its answer and no reset (RFC 9112, section 9.6).
 
-The application sees three things of it. `100 Continue` is sent when the body is first read, so what the head decides is
-answered before a body is on its way. Reading a body raises `BodyTooSlow`. `environ["dqm_receiver.discard"](n)` allows n
+The application notices three differences. `100 Continue` is sent when the body is first read, so a request that its head
+condemns is refused before its body is sent. Reading a body raises `BodyTooSlow`. `environ["dqm_receiver.discard"](n)` allows n
 bytes of a refused body to be read on; an application that finds it leaves the rest of the body alone.
 """
 
@@ -55,11 +55,11 @@ DISCARD_BYTES = 1 << 20  # read of a refused body, unless the application allows
 DISCARD_TIMEOUT = 5.0  # seconds
 LINGER = 2.0  # seconds for the client to read its answer once no more of the body is read
 STOP_TIMEOUT = 10.0  # seconds for the client to read its answer when the worker stops
-SEND_BUFFER = 256 << 10  # bytes in the kernel; left alone, it takes 2.5 MB of answers that are not read
+SEND_BUFFER = 256 << 10  # bytes in the kernel, which would otherwise take 2.5 MB of unread answers
 MAX_UNSENT = 4 << 20  # bytes of an answer in memory
-NEXT_REQUEST = 0.02  # seconds in which the next request of a connection finds its thread still there
+NEXT_REQUEST = 0.02  # seconds for which a thread waits for the next request of its connection
 SWEEP_INTERVAL = 0.5  # seconds between two looks at the deadlines
-SPARE = 16  # connections that make room at once where there are too many
+SPARE = 16  # connections that are closed together if there are too many
 RECV_SIZE = 8 << 10  # bytes
 METRICS_PREFIX = "dqm-receiver-"
 RESOURCE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -75,7 +75,7 @@ class BodyTooSlow(TimeoutError):
 
 
 class AnswerSocket(socket.socket):
-    """A connection that keeps what the client does not read yet, so that no thread waits for it.
+    """A connection that buffers an answer until the client reads it, so that no thread waits for that.
 
     Head and body of an answer leave together, too: that is one system call and one packet less for each request.
     """
@@ -104,7 +104,7 @@ class AnswerSocket(socket.socket):
         return count
 
     def flush(self) -> bool:
-        """Send what the client takes without waiting, and return whether that is all."""
+        """Send as much as the client takes without waiting, and return whether everything is sent."""
         while self.unsent:
             part = self.unsent[0]
             try:
@@ -132,7 +132,7 @@ class AnswerSocket(socket.socket):
         self.discard_limit = max(limit, DISCARD_BYTES)
 
     def abort(self) -> None:
-        """Have the kernel forget what was not sent: the client is reset."""
+        """Make the kernel drop unsent bytes and reset the client."""
         with contextlib.suppress(OSError):
             self.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -172,7 +172,7 @@ class BodyReader(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
 
 
 class UploadRequest(Request):  # type: ignore[misc]
-    """A request whose connection is closed after the answer where part of its body may still come."""
+    """A request whose connection is closed after the answer if part of its body may still come."""
 
     def has_rest(self) -> bool:
         if self.body.failed:
@@ -202,7 +202,7 @@ class ConnectionParser(RequestParser):  # type: ignore[misc]
 
 
 class Connection(TConn):  # type: ignore[misc]
-    """A connection, and what the event loop waits for on it."""
+    """A connection, and the event for which it waits in the event loop."""
 
     def __init__(self, cfg: Any, accepted: socket.socket, client: Any, server: Any) -> None:
         super().__init__(cfg, AnswerSocket(accepted), client, server)
@@ -216,7 +216,7 @@ class Connection(TConn):  # type: ignore[misc]
         self.discard = 0  # bytes still to be read
 
     def has_head(self) -> bool:
-        """Read what has come, without waiting, and return whether a head is complete.
+        """Read the bytes that have arrived, without waiting, and return whether a head is complete.
 
         Searching only what is new keeps this linear: gunicorn's parser searches and copies all of it for each piece.
         """
@@ -238,7 +238,7 @@ class Connection(TConn):  # type: ignore[misc]
         return True
 
     def has_next_head(self) -> bool:
-        """Wait an instant for the next request; what goes wrong the event loop meets again."""
+        """Wait for an instant for the next request; the event loop meets any error again."""
         try:
             if self.has_head():
                 return True
@@ -250,7 +250,7 @@ class Connection(TConn):  # type: ignore[misc]
 
 
 class UploadWorker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threads, in which no connection waits for its client (but an upload for its body)."""
+    """gunicorn's worker with threads. Only an upload that waits for its body keeps a thread waiting for its client."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -356,7 +356,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
         super().enqueue_req(conn)
 
     def finish_request(self, conn: Connection, fs: Future[None]) -> None:
-        """Wait for what comes next on a connection that comes from a thread."""
+        """Take a connection back from a thread, and wait for its next event."""
         self.running -= 1
         if fs.cancelled() or fs.exception() or conn.keep is None:
             self.end(conn)
@@ -446,7 +446,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
     # --- in a thread -------------------------------------------------------------------------------------------------
 
     def handle(self, conn: Connection) -> None:
-        """Serve a request, and those that follow at once: the way through the event loop costs more than a small answer."""
+        """Serve a request and those that follow at once: a turn of the event loop costs more than a small answer."""
         try:
             if conn.sock.unsent:
                 if conn.sock.flush():

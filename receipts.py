@@ -50,7 +50,7 @@ _RUN = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 class RunNotFound(StorageError):
-    """No receipt of this run is here."""
+    """The data folder has no receipt of this run."""
 
     status = 404
     reason_class = "not_found"
@@ -127,7 +127,7 @@ class ReceiptLog:
         os.register_at_fork(after_in_child=after_fork_in_child)
 
     def _begin_process(self) -> None:
-        """Make what a process must not share with its parent."""
+        """Make the objects that a process must not share with its parent."""
         self._logs: OrderedDict[int, _Log] = OrderedDict()
         self._appends = GroupCommit(self._append_batch)
         self._listing: tuple[float, list[int]] = -_LISTING_AGE, []  # when, and the runs, most recently active first
@@ -135,7 +135,7 @@ class ReceiptLog:
         self._count = 0  # of receipts, so that ids of one batch are in order
 
     def append(self, receipt: Receipt) -> None:
-        """Append a receipt to this process's log of its run; when this returns, one that acknowledges an upload is durable."""
+        """Append a receipt to this process's log of its run, durably unless it is a rejection."""
         self._appends(receipt)
 
     def _append_batch(self, batch: Sequence[Receipt]) -> list[None | Exception]:
@@ -168,7 +168,7 @@ class ReceiptLog:
             log.touched = time.monotonic()
 
     def _open_log(self, run: int) -> _Log:
-        """Return this process's log of a run; where the run's folder was archived or removed, a new one."""
+        """Return this process's log of a run; a new one if the run's folder was archived or removed."""
         receipts = self.folder.open()
         log = self._logs.get(run)
         if log and log.file.leads(f"{run}/{log.name}", receipts):
@@ -227,7 +227,7 @@ class ReceiptLog:
         return digest.hexdigest()[:32]
 
     def newest(self, run: int | None, query: Query) -> tuple[list[Receipt], str | None]:
-        """Return the newest receipts of a run, or of the 50 most recently active runs; and where to go on, if there are more."""
+        """Return the newest receipts of a run, or of the 50 most recently active runs, and the `before` for older ones."""
         with os_errors():
             logs = [_backwards(*log, query.before) for log in self._logs_of(run)]
             found: list[Receipt] = []
@@ -282,7 +282,7 @@ def _backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Re
             end = log.status.st_size if before is None else _end_of_older(log, before)
         start = max(0, end - _TAIL)
         lines = (os.pread(log.fd, end - start, start) + rest).split(b"\n")
-        end, rest = start, lines[0][:_MAX_LINE]  # the line that begins further ahead
+        end, rest = start, lines[0][:_MAX_LINE]  # the line that begins before `start`
         for line in reversed(lines[1:] if start else lines):
             receipt = Receipt.from_line(line)
             if receipt and (before is None or receipt.id < before):

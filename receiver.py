@@ -1,4 +1,4 @@
-"""The DQM receiver: agents push ROOT files over HTTP; it validates and stores them, lists them and gives them back.
+"""The DQM receiver: it takes the ROOT files that agents push over HTTP, validates, stores, lists and serves them.
 
 `create_app(environ)` returns the WSGI application. It can be mounted in another one, run under gunicorn or called in tests.
 
@@ -97,7 +97,7 @@ class Route:
 
 
 class FairSlots:
-    """So many validations at once; senders that wait take turns (round robin), so each waits for its own uploads only."""
+    """Limits the validations that run at once; waiting senders take turns (round robin), whatever the number of their uploads."""
 
     def __init__(self, number: int) -> None:
         self._free = number
@@ -189,7 +189,7 @@ class Receiver:
         try:
             route, arguments = self._rules.bind("").match(request.path, request.method)
         except HTTPException:
-            self.authenticate(request)  # without a token, a client does not learn which addresses there are
+            self.authenticate(request)  # a client without a token must not learn which addresses exist
             raise
         if route.needs_token:
             self.authenticate(request)
@@ -202,7 +202,7 @@ class Receiver:
         return response
 
     def authenticate(self, request: ReceiverRequest) -> None:
-        """Find the token of a request; raises RequestRefused where it has none that is known, or may not do this."""
+        """Find the token of a request; raises RequestRefused if it is missing or wrong, or may not do this."""
         token = request.headers.get("token", "").strip("\t")
         if not token:
             where = ", not in Authorization" if "Authorization" in request.headers else ""
@@ -250,7 +250,7 @@ class Receiver:
     def receive(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/files: receive the body, validate, commit, record, answer."""
         headers = self.read_head(request, required=True)
-        self.receipts.folder.open()  # better 503 before the commit than after it
+        self.receipts.folder.open()  # a folder that cannot be used is found before the commit
         with self.metrics.upload_in_progress(), self.recording_rejections(request, headers):
             with self.receive_body(request) as upload:
                 objects, validation_seconds = self.validate(request, upload, headers)
@@ -282,7 +282,7 @@ class Receiver:
         return json_response(answer if outcome == "stored" else answer | {outcome: True})
 
     def read_head(self, request: ReceiverRequest, *, required: bool) -> UploadHeaders:
-        """Check what the head says of an upload; raises RequestRefused."""
+        """Check the headers of an upload; raises RequestRefused."""
         encoding = request.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             message = f"The body has the Content-Encoding {encoding!r}: send it as it is"
@@ -467,7 +467,7 @@ class Receiver:
         if not self.settings.metrics:
             raise NotFound
         free = math.nan
-        with contextlib.suppress(StorageError):  # the other figures are wanted most while the folder fails
+        with contextlib.suppress(StorageError):  # while the folder fails, the other metrics matter most
             free = self.storage.free_space()
         return Response(self.metrics.render(free), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -550,7 +550,7 @@ def json_response(content: Mapping[str, object], status: int = 200, *, etag: str
 
 
 def not_modified(request: ReceiverRequest, etag: str) -> Response | None:
-    """Return the answer 304 if the client has the version with this ETag, before the content is worked out."""
+    """Return a 304 if the client has the version with this ETag; else None, and the caller makes the content."""
     response = Response(mimetype="application/json")
     response.set_etag(etag)
     return response if conditional(request, response).status_code == 304 else None
@@ -601,7 +601,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Receiver:
     settings = Settings.read(environ)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():  # mounted where nobody has set up logging: to standard error
+    if not logger.hasHandlers():  # no logging is set up where it is mounted: to standard error
         logger.addHandler(logging.StreamHandler())
     receiver = Receiver(settings)
     log(

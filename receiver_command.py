@@ -1,4 +1,4 @@
-"""The command `dqm-receiver`: look at the settings, make a token, check ROOT files."""
+"""The command `dqm-receiver`: it tests the settings, makes tokens and validates ROOT files."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     commands.add_parser(
         "check-config",
-        help="say what the environment sets up, and whether it works",
-        description=f"Reads the variables {PREFIX}…, says in a line each what they set up, and tries the data folder.",
+        help="print the settings, and test the data folder",
+        description=f"Prints the settings from the variables {PREFIX}… and tests the data folder. Exits with 1 if one is wrong.",
     )
     token = commands.add_parser(
         "token",
         help="make a token for a sender",
-        description="Prints a new token once, and the line for the token file. The file has only the token's SHA-256.",
+        description="Prints a new token once, and its line for the token file. That file holds only the token's SHA-256.",
     )
-    token.add_argument("name", metavar="NAME", help="the sender's name in receipts and logs, as HLT")
+    token.add_argument("name", metavar="NAME", help="the sender's name in receipts and logs, such as HLT")
     check = commands.add_parser(
         "check",
-        help="check ROOT files as the receiver does",
-        description="Lists the objects of each file, or says why the receiver would refuse it.",
+        help="validate ROOT files as the receiver does",
+        description="Lists the objects of each file, or the reason for which the receiver would refuse it. "
+        "Exits with 1 if a file is not valid.",
     )
     check.add_argument("files", metavar="FILE", nargs="+")
     options = parser.parse_args(arguments)
@@ -90,7 +91,7 @@ def rights_of(token: Token) -> str:
 
 
 def file_system_of(folder: Path) -> str:
-    """Return the type of the file system that a folder is on, as the kernel has it."""
+    """Return the kernel's name for the type of a folder's file system."""
     found = ("", "an unknown file system")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, source = line.partition(" - ")  # proc(5)

@@ -24,7 +24,7 @@ REASON_CLASSES = (
 )  # fmt: skip
 OTHER = "other"
 
-_MAX_AGENTS = 200  # that have series of their own: a sender can invent agents
+_MAX_AGENTS = 200  # with series of their own: a sender can invent agents
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _NAME = "dqm_receiver_"
 
@@ -92,7 +92,7 @@ class Metrics:
     def render(self, free_bytes: float) -> bytes:
         """Return all metrics as text; the cost does not depend on how much has arrived."""
         self._child(_free).set(free_bytes)
-        for reason_class in REASON_CLASSES:  # a rate can only be seen of a series that exists
+        for reason_class in REASON_CLASSES:  # Prometheus computes rates only for series that exist
             self._child(_rejections, reason_class)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(_registry)

@@ -37,7 +37,7 @@ _MIN_RATE = 1024  # bytes a second that a refused body must keep
 
 
 class RequestRefused(Exception):
-    """A request that is answered with an error; `reason_class` labels metrics, `reason` says more than a known message."""
+    """A request is answered with an error; `reason_class` labels metrics, `reason` adds details to a known message."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RequestRefused(Exception):
 
 
 class FileRejected(RequestRefused):
-    """A file that arrived whole and is refused: it is not the one that was announced, or not a valid ROOT file."""
+    """A file arrived whole and is refused: its SHA-256 is not the announced one, or it is not a valid ROOT file."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class ConfigurationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Token:
-    """A token by its SHA-256 digests (several while it is being changed), and what it may do."""
+    """A token's SHA-256 digests (several while it is being changed) and its rights."""
 
     name: str
     digests: tuple[bytes, ...]
@@ -46,14 +46,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment variables say; sizes in bytes."""
+    """The settings from the environment variables; sizes in bytes."""
 
     data_folder: Path
     tokens: tuple[Token, ...]
     agents: tuple[str, ...]  # the agents that are expected; empty: any
     max_file_size: int
-    min_free_space: int  # to be left on the disk
-    max_rejected: int  # kept of invalid uploads
+    min_free_space: int  # that uploads leave on the disk
+    max_rejected: int  # of invalid uploads that are kept
     metrics: bool  # whether /metrics answers
     jsroot: Path | None  # folder with jsroot.min.js
 
@@ -79,7 +79,7 @@ class Settings:
         )
 
     def find_token(self, token: str) -> Token | None:
-        """Return the token that a header carries; each known digest is compared, in constant time."""
+        """Return the token of this value; all known digests are compared, each in constant time."""
         digest = digest_of(token.encode("latin-1"))  # WSGI hands on the bytes of a header as latin-1
         found = [known for known in self.tokens for one in known.digests if hmac.compare_digest(one, digest)]
         return found[0] if found else None
@@ -142,7 +142,7 @@ def _read_tokens(token: str | None, path: str | None) -> tuple[Token, ...]:
     if names.count(DEFAULT_SENDER) > 1:
         raise ConfigurationError(f"{PREFIX}TOKENS_FILE: the name {DEFAULT_SENDER} is that of {PREFIX}TOKEN")
     if not tokens:
-        raise ConfigurationError(f"{PREFIX}TOKEN is not set: the receiver needs the token that senders pass")
+        raise ConfigurationError(f"{PREFIX}TOKEN or {PREFIX}TOKENS_FILE must be set: senders need a token")
     return tuple(tokens)
 
 
@@ -180,7 +180,7 @@ def _read_token_file(where: str, text: str) -> list[Token]:
 
 
 def _parse(where: str, text: str) -> list[_Line]:
-    """Return the lines of an INI file; configparser does not tell the number of a line that is wrong."""
+    """Return the lines of an INI file; configparser cannot name the number of a wrong line."""
     section, lines = "", list[_Line]()
     for number, line in enumerate(text.splitlines(), 1):
         here, line = f"{where}, line {number}", line.strip()

@@ -93,7 +93,7 @@ def run_of(name: str) -> int | None:
 
 
 class _Found(NamedTuple):
-    """What step 2 saw under a name, and the outcome that follows: "stored" where the name was free."""
+    """The file that step 2 found under a name, and the outcome that follows: "stored" if the name was free."""
 
     outcome: str
     file: Descriptor | None = None
@@ -139,15 +139,15 @@ class Storage:
         os.register_at_fork(after_in_child=after_fork_in_child)
 
     def _begin_process(self) -> None:
-        """Make what a process must not share with its parent: locks, queue, writer, open folders."""
+        """Make the objects that a process must not share with its parent: locks, queue, writer, open folders."""
         self._replaced, self._rejected = Folder(".replaced", self._data), Folder(".rejected", self._data)
         self._lock = FolderLock(self._data)
         self._space = Space(self._data, self._min_free_space)
         self._incoming = Incoming(self._data, self._lock, self._space)
         self._commits = GroupCommit(self._commit_batch)
         self._health_lock = threading.Lock()
-        self._health: tuple[float, StorageError | None] = -_HEALTH_AGE, None  # when it was checked, what was wrong
-        self._failure: str | None = None  # why this process can promise nothing any more
+        self._health: tuple[float, StorageError | None] = -_HEALTH_AGE, None  # time of the check, and its error
+        self._failure: str | None = None  # why this process can make no upload durable any more
 
     # --- step 1: receive -----------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Storage:
         self._incoming.recover()
 
     def quarantine(self, upload: Upload, name: str) -> None:
-        """Keep an invalid upload in `.rejected/`; the oldest files there are deleted where they pass the bounds."""
+        """Move an invalid upload to `.rejected/`, and delete the oldest files there beyond its bounds."""
         if upload.size > self.max_rejected:
             return
         with os_errors():
@@ -193,7 +193,7 @@ class Storage:
         raise StorageUnavailable(f"The name {name} changed {_MAX_TRIES} times while it was compared")
 
     def compare(self, upload: Upload, name: str) -> str:
-        """Return the outcome that a commit would have now; nothing is changed."""
+        """Return the outcome that a commit would have now; change nothing."""
         with os_errors():
             return self._look(upload, name).outcome
 
@@ -283,7 +283,7 @@ class Storage:
             return translate(error)
 
     def check_folder(self) -> None:
-        """Raise StorageUnavailable where the folder is gone or another has its place (its disk was unmounted)."""
+        """Raise StorageUnavailable if the folder is gone or another is in its place, as after an unmount."""
         self._data.open(check=True)
 
     def free_space(self) -> int:

@@ -16,7 +16,7 @@ from receipts import Receipt, ReceiptLog, log_names
 OTHER_AGENTS = "(other)"  # no agent can have this name
 DATA_START, DATA_END = 1, 2  # dataStatus: this file starts, or ends, a set of data
 
-_MAX_AGENTS = 200  # of a run that are summed apart
+_MAX_AGENTS = 200  # of a run that have sums of their own
 _MAX_NAMES = 100_000  # file names that the summary of a run remembers
 _MAX_ALL_NAMES = 200_000  # that all summaries together remember
 _MAX_RUNS = 200  # whose summaries are remembered
@@ -24,9 +24,9 @@ _CHUNK = 1 << 20  # bytes of a log that are read at once
 
 
 class Summaries:
-    """The summaries of the runs that were asked for, brought up to date with each question.
+    """The summaries of the requested runs, updated at each request.
 
-    Those that were asked for least recently are forgotten, so all together remember at most 200 runs and 200,000 file names, about 50 MB.
+    The least recently requested are forgotten: at most 200 runs and 200,000 file names, about 50 MB, are remembered.
     """
 
     def __init__(self, receipts: ReceiptLog) -> None:
@@ -35,7 +35,7 @@ class Summaries:
         self._lock = threading.Lock()
 
     def agents(self, run: int) -> dict[str, dict[str, Any]]:
-        """Return the summary of each agent of a run, as JSON has it; raises RunNotFound."""
+        """Return the summary of each agent of a run, with the fields of the API; raises RunNotFound."""
         with self._lock:
             return {agent: summary.content() for agent, summary in sorted(self._update(run).agents.items())}
 
@@ -71,7 +71,7 @@ class AgentSummary:
     _last_end: int = -1  # of the last one that ends it
 
     def content(self) -> dict[str, Any]:
-        """Return it as JSON has it: `ended` means that the last set of data has ended and not started anew."""
+        """Return the fields of the API; `ended` means that the last set of data has ended and no later one has started."""
         content = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         ended = self._last_end >= max(self._last_start, 0)
         return content | {"started": self._last_start >= 0, "ended": ended}
@@ -106,7 +106,7 @@ class RunSummary:
         self._positions: dict[str, tuple[int, int]] = {}  # by log: its inode, and the bytes of it that were read
 
     def update(self, folder: Descriptor) -> None:
-        """Read what has been added to the logs since the last time; all of them anew where one was taken away."""
+        """Read the lines that were added to the logs since the last time; if a log was taken away, read all logs anew."""
         logs = dict(_stat_logs(folder))
         for name, (inode, position) in self._positions.items():
             if name not in logs or logs[name].st_ino != inode or logs[name].st_size < position:

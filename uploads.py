@@ -31,7 +31,7 @@ logger = logging.getLogger("dqm_receiver")
 LOCK_TIMEOUT = 30.0  # seconds to wait for `.lock`
 
 _RECOVERY_INTERVAL = 600.0  # seconds
-_RECOVERY_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` in crash recovery, which may as well be done later
+_RECOVERY_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` in crash recovery, which can be done later
 _SPACE_AGE = 1.0  # seconds for which an answer of statvfs is good
 
 
@@ -57,7 +57,7 @@ class Upload:
     def __init__(self, writer: Writer, space: Space, max_size: int, announced: int) -> None:
         self._writer, self._space, self._max_size = writer, space, max_size
         self._hash = hashlib.sha256()
-        self._claimed = 0  # bytes of the disk's room that are claimed and not yet written
+        self._claimed = 0  # bytes that are reserved on the disk and not yet written
         self._is_incoming = True
         self.size = 0
         self._claim(announced)
@@ -131,7 +131,7 @@ class Space:
         self._free = self._claimed = 0
 
     def claim(self, size: int) -> None:
-        """Set room aside; raises InsufficientStorage unless enough is left besides."""
+        """Reserve room; raises InsufficientStorage if less than the reserve would stay free."""
         with self._lock:
             if self._to_leave and time.monotonic() - self._asked >= _SPACE_AGE:
                 self._free, self._asked = self.ask(), time.monotonic()
@@ -142,7 +142,7 @@ class Space:
             self._claimed += size
 
     def settle(self, *, written: int = 0, unused: int = 0) -> None:
-        """Give room back that was written, or that is not needed."""
+        """Release reserved room that has been written or is not needed."""
         with self._lock:
             self._claimed -= written + unused
             self._free -= written
@@ -161,7 +161,7 @@ class Incoming:
         self.folder = Folder(".incoming", data)
         self._lock, self._space = lock, space
         self._writer: Writer | None = None
-        self._recovered = -_RECOVERY_INTERVAL  # so the first upload of a process looks for what a dead one left
+        self._recovered = -_RECOVERY_INTERVAL  # so the first upload of a process does recovery
 
     def new_upload(self, announced: int, max_size: int) -> Upload:
         """Begin an upload that announced so many bytes and may have at most `max_size`; raises StorageError."""
@@ -191,7 +191,7 @@ class Incoming:
             self._writer.lock.close()
 
     def recover(self) -> None:
-        """Delete what dead writers left: nothing in it was ever acknowledged."""
+        """Delete the uploads of dead writers: none of them was acknowledged."""
         self._recovered = time.monotonic()
         try:
             with os_errors():
@@ -217,7 +217,7 @@ def _make_writer(incoming: Descriptor) -> Writer:
 
 
 def _dead_writer(name: str, incoming: Descriptor) -> Writer | None:
-    """Return a writer whose process is dead, with its lock taken; None for one that lives."""
+    """Return the writer if its process is dead, with its lock taken; else None."""
     try:
         folder = open_folder(name, incoming)
     except (FileNotFoundError, NotADirectoryError):  # deleted by another process just now, or not a writer's

@@ -1722,7 +1722,7 @@ function replaceAddress(hash) {
   if (id) byId(id)?.focus();
 }
 
-/** Open a new run by itself, unless somebody is reading. */
+/** Open a new run by itself, unless the page is being read. */
 function follow() {
   if (!follows || runs.newest === undefined || runs.newest === view.run) return;
   if (view.run === undefined) return show(viewOf(""));

@@ -76,7 +76,7 @@ class Server:
 
 
 def free_port() -> int:
-    """Return a port that nobody else is given: it stays bound, beside which a server may bind with SO_REUSEADDR and listen."""
+    """Return a free port. It stays bound, so no other test gets it; a server may bind it, too, with SO_REUSEADDR."""
     probe = socket.socket()
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     probe.bind(("127.0.0.1", 0))

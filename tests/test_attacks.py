@@ -1,4 +1,4 @@
-"""Connections that only cost: whoever holds many, an upload beside them is answered soon. On loopback, bounded in time."""
+"""Many hostile connections do not delay an upload. On loopback, bounded in time."""
 
 from __future__ import annotations
 

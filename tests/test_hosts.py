@@ -164,7 +164,7 @@ def test_both_hosts_count_the_receipts_of_both(hosts: Hosts) -> None:
         host = (hosts.a, hosts.b)[number % 2]
         body = HISTOGRAMS[:-100] if number % 5 == 0 else HISTOGRAMS
         assert post(host.port, body, headers(20, number)).status == (400 if number % 5 == 0 else 200)
-        if number % 7 == 0:  # whoever has looked before must not go on with what it saw
+        if number % 7 == 0:  # a host that has looked before must look again
             hosts.run(20)
 
     with ThreadPoolExecutor(6) as pool:

@@ -1578,7 +1578,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 class Gate(Stream):
-    """A body of which the second half comes only when somebody opens the gate."""
+    """A body whose second half comes only when the test opens the gate."""
 
     def __init__(self, content: bytes) -> None:
         self.pieces = [content[: len(content) // 2], content[len(content) // 2 :], b""]
