@@ -188,7 +188,7 @@ def test_child_closes_the_locks_of_its_parent(store: Storage) -> None:
         assert file is not None and writer is not None
         child = os.fork()
         if not child:
-            os._exit(0 if file.fd == writer.fd == -1 else 1)
+            os._exit(0 if file.fd == writer.fd == -1 and store._incoming._writer is None else 1)
         assert os.waitpid(child, 0)[1] == 0
 
 
@@ -443,6 +443,47 @@ def test_clock_that_steps_back_begins_a_new_log(log: ReceiptLog, folder: Path, m
     assert len(list(folder.glob(".receipts/123/*.jsonl"))) == 2
     newest, _ = log.newest(123, receipts.Query())
     assert [receipt.received_at[11:13] for receipt in newest] == ["13", "12", "12", "11"]
+
+
+def test_missing_folder_is_not_a_missing_file(store: Storage) -> None:
+    store.folder.rename(store.folder.with_name("moved"))
+    with pytest.raises(StorageUnavailable):
+        store.open(NAME)
+
+
+def test_new_log_and_a_mixed_batch_are_durable(log: ReceiptLog, folder: Path, synced: list[int]) -> None:
+    log._append_batch([make_receipt(), make_receipt(outcome="rejected")])
+    (path,) = folder.glob(".receipts/123/*.jsonl")
+    assert {path.stat().st_ino, path.parent.stat().st_ino} <= set(synced)
+
+
+def test_least_recently_used_log_is_closed(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "_MAX_OPEN_LOGS", 2)
+    for run in (1, 2, 1, 3, 1, 2):
+        log.append(make_receipt(run=run))
+    assert [len(list(folder.glob(f".receipts/{run}/*"))) for run in (1, 2, 3)] == [1, 2, 1]
+
+
+def test_run_is_touched_once_a_minute(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = folder / ".receipts/123"
+    log.append(make_receipt())
+    os.utime(run, (0, 0))
+    log.append(make_receipt())
+    assert run.stat().st_mtime == 0
+    monkeypatch.setattr(receipts, "_TOUCH_INTERVAL", 0.0)
+    log.append(make_receipt())
+    assert run.stat().st_mtime > 0
+
+
+def test_request_for_receipts_looks_at_so_many(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "_MAX_SCANNED", 2)
+    for number in range(3):
+        log.append(make_receipt(agent="TPC" if number else "EMC"))
+    found, before = log.newest(123, receipts.Query(agent="EMC"))
+    assert found == []
+    found, before = log.newest(123, receipts.Query(agent="EMC", before=before))
+    assert [one.agent for one in found] == ["EMC"]
+    assert before is None
 
 
 def test_summary_opens_one_log_at_a_time(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
