@@ -79,6 +79,18 @@ def test_lock_is_released_where_its_path_fails(folder: Path, monkeypatch: pytest
         pass
 
 
+def test_lock_is_released_where_unlocking_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    lock = FolderLock(Folder(str(folder)))
+    monkeypatch.setattr(
+        fcntl, "flock", failing(fcntl.flock, errno.EIO, lambda _, operation: operation == fcntl.LOCK_UN)
+    )
+    with pytest.raises(StorageUnavailable) as error, lock.hold(1):
+        pass
+    with FolderLock(Folder(str(folder))).hold(0):  # while the exception still holds its frames
+        assert error.value
+
+
 def test_lock_that_is_always_removed_is_busy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     flock = fcntl.flock
