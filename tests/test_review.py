@@ -79,6 +79,18 @@ def test_lock_is_released_where_its_path_fails(folder: Path, monkeypatch: pytest
         pass
 
 
+def test_lock_is_released_where_unlocking_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    lock = FolderLock(Folder(str(folder)))
+    monkeypatch.setattr(
+        fcntl, "flock", failing(fcntl.flock, errno.EIO, lambda _, operation: operation == fcntl.LOCK_UN)
+    )
+    with pytest.raises(StorageUnavailable) as error, lock.hold(1):
+        pass
+    with FolderLock(Folder(str(folder))).hold(0):  # while the exception still holds its frames
+        assert error.value
+
+
 def test_lock_that_is_always_removed_is_busy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     flock = fcntl.flock
@@ -178,6 +190,18 @@ def test_child_opens_its_folders_anew(store: Storage, folder: Path, which: str) 
         os._exit(0)
     os.waitpid(child, 0)
     assert not fcntl.fcntl(parent, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+def test_child_closes_the_locks_of_its_parent(store: Storage) -> None:
+    """Frames of the parent's other threads keep their variables in the child, so nothing there is freed by itself."""
+    lock = store._lock
+    with store.new_upload() as upload, lock.hold(1):
+        file, writer = lock._file, upload._writer.lock
+        assert file is not None and writer is not None
+        child = os.fork()
+        if not child:
+            os._exit(0 if file.fd == writer.fd == -1 and store._incoming._writer is None else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_start_without_locks_names_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +305,13 @@ def test_preserved_copy_is_durable(store: Storage, synced: list[int], monkeypatc
     assert synced.index(preserved.stat().st_ino) < synced.index(preserved.parent.stat().st_ino)
 
 
-@pytest.mark.parametrize("change", ["content", "size", "time"])
-def test_file_that_changes_in_place_is_compared_again(store: Storage, change: str) -> None:
+def test_data_folder_is_durable(tmp_path: Path, synced: list[int]) -> None:
+    Storage(tmp_path / "a/b/data", max_file_size=0, min_free_space=0, max_rejected=0)
+    assert {path.stat().st_ino for path in (tmp_path, tmp_path / "a", tmp_path / "a/b")} <= set(synced)
+
+
+@pytest.mark.parametrize("content", [b"OLD", b"older"])
+def test_file_that_changes_in_place_is_compared_again(store: Storage, content: bytes) -> None:
     """Another program that writes into a file keeps its inode."""
     file = store.folder / NAME
     put(store, b"old")
@@ -292,14 +321,13 @@ def test_file_that_changes_in_place_is_compared_again(store: Storage, change: st
         store._commits = commit
         status = file.stat()
         with file.open("r+b") as opened:
-            opened.write({"content": b"OLD", "size": b"older", "time": b"old"}[change])
-        os.utime(file, ns=(0, status.st_mtime_ns + (change != "size")))
+            opened.write(content)
+        os.utime(file, ns=(0, status.st_mtime_ns + (content == b"OLD")))  # either the time or the size tells
         return commit(pending)
 
     store._commits = change_first  # type: ignore[assignment]
-    assert put(store, b"new") == "replaced"
-    preserved = {path.read_bytes() for path in (store.folder / ".replaced").iterdir()}
-    assert {"content": b"OLD", "size": b"older", "time": b"old"}[change] in preserved
+    assert put(store, b"old") == "replaced"  # it was a duplicate when it was compared
+    assert visible(store.folder) == {NAME: b"old"}
 
 
 def test_upload_begun_before_a_failed_fsync_is_503(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +455,47 @@ def test_clock_that_steps_back_begins_a_new_log(log: ReceiptLog, folder: Path, m
     assert len(list(folder.glob(".receipts/123/*.jsonl"))) == 2
     newest, _ = log.newest(123, receipts.Query())
     assert [receipt.received_at[11:13] for receipt in newest] == ["13", "12", "12", "11"]
+
+
+def test_missing_folder_is_not_a_missing_file(store: Storage) -> None:
+    store.folder.rename(store.folder.with_name("moved"))
+    with pytest.raises(StorageUnavailable):
+        store.open(NAME)
+
+
+def test_new_log_and_a_mixed_batch_are_durable(log: ReceiptLog, folder: Path, synced: list[int]) -> None:
+    log._append_batch([make_receipt(), make_receipt(outcome="rejected")])
+    (path,) = folder.glob(".receipts/123/*.jsonl")
+    assert {path.stat().st_ino, path.parent.stat().st_ino} <= set(synced)
+
+
+def test_least_recently_used_log_is_closed(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "_MAX_OPEN_LOGS", 2)
+    for run in (1, 2, 1, 3, 1, 2):
+        log.append(make_receipt(run=run))
+    assert [len(list(folder.glob(f".receipts/{run}/*"))) for run in (1, 2, 3)] == [1, 2, 1]
+
+
+def test_run_is_touched_once_a_minute(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = folder / ".receipts/123"
+    log.append(make_receipt())
+    os.utime(run, (0, 0))
+    log.append(make_receipt())
+    assert run.stat().st_mtime == 0
+    monkeypatch.setattr(receipts, "_TOUCH_INTERVAL", 0.0)
+    log.append(make_receipt())
+    assert run.stat().st_mtime > 0
+
+
+def test_request_for_receipts_looks_at_so_many(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "_MAX_SCANNED", 2)
+    for number in range(3):
+        log.append(make_receipt(agent="TPC" if number else "EMC"))
+    found, before = log.newest(123, receipts.Query(agent="EMC"))
+    assert found == []
+    found, before = log.newest(123, receipts.Query(agent="EMC", before=before))
+    assert [one.agent for one in found] == ["EMC"]
+    assert before is None
 
 
 def test_summary_opens_one_log_at_a_time(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
