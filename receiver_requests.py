@@ -188,7 +188,9 @@ class UploadHeaders(NamedTuple):
 
 def _header(headers: Headers, name: str) -> str | None:
     value = headers.get(name)
-    return None if value is None else value.strip("\t")  # uWSGI leaves tabs there (RFC 9110, 5.5: not part of the value)
+    return (
+        None if value is None else value.strip("\t")
+    )  # uWSGI leaves tabs there (RFC 9110, 5.5: not part of the value)
 
 
 def _wrong_header(where: str, text: str, rule: str, reason_class: str = "headers") -> RequestRefused:
