@@ -24,6 +24,7 @@ _PAD_FIELDS = 358
 _PAD_END = 8
 _BOX_OF_PAD = b"\x40\0\0\2\0\0"  # TAttBBox2D, a base of newer pads, which has no fields
 _PAVE_FIELDS = 52  # of TPave: four doubles, three ints and a double between its base, TBox, and its option and name
+_POINT_SIZE = 12  # of TPolyMarker3D: three floats
 
 _COLLECTIONS = frozenset(
     [
@@ -59,13 +60,20 @@ _NAMELESS = frozenset(
         "TVector3",
         "TLorentzVector",
         "TRotation",
+        "TQuaternion",
         "TLine",
         "TBox",
+        "TFrame",
         "TMarker",
+        "TMarker3DBox",
         "TEllipse",
+        "TCrown",
+        "TArc",
         "TArrow",
         "TPolyLine",
         "TPolyMarker",
+        "TPolyLine3D",
+        "TCurlyLine",
         "TCurlyArc",
         "TFeldmanCousins",
         "TLimitDataSource",
@@ -105,6 +113,8 @@ def _object_name(class_name: str, payload: bytes) -> bytes | None:
             return _name_of_pad(payload, own)
         if template in _PAVES:
             return _name_of_pave(payload, own)
+        if template == "TPolyMarker3D":
+            return _name_of_polymarker(payload, at)
         referenced = payload[at + _OBJECT_SIZE - 1] & _IS_REFERENCED
         name, title_at = read_string(payload, at + _OBJECT_SIZE + (2 if referenced else 0))
         # A class version whose bytes are a TObject and two strings is that of TNamed, whatever the name of its heir.
@@ -140,6 +150,15 @@ def _name_of_pave(payload: bytes, base: int) -> bytes | None:
     _, at = read_string(payload, _end(payload, base) + _PAVE_FIELDS)  # the option
     name, end = read_string(payload, at)
     return name if end == _end(payload, base - _VERSION_SIZE) else None
+
+
+def _name_of_polymarker(payload: bytes, base: int) -> bytes | None:
+    """Return the name of a TPolyMarker3D, whose base TObject begins at `base`; it stands behind the points."""
+    at = _end(payload, base + _OBJECT_SIZE)  # of TAttMarker
+    points = int.from_bytes(payload[at : at + 4], "big")
+    _, at = read_string(payload, at + 4 + _POINT_SIZE * points)  # the option
+    name, end = read_string(payload, at)
+    return name if end == _end(payload, base - _VERSION_SIZE) and end <= len(payload) else None
 
 
 def read_string(data: bytes, at: int) -> tuple[bytes, int]:

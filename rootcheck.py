@@ -143,6 +143,7 @@ class _Header(NamedTuple):
     streamer_info: int
     streamer_info_size: int
     is_of_uproot_3: bool
+    is_of_old_update: bool  # uproot.update of 4.1 to 5.3.6 subtracted 1,000,000 from the version each time
 
 
 @dataclass
@@ -170,7 +171,6 @@ def _read_header(reader: Reader) -> _Header:
         raise InvalidRootFile(f"not a ROOT file: it begins with {data[:4]!r}, not b'root'")
     if reader.size < _HEADER_64.size:
         raise InvalidRootFile(f"the file ends at byte {reader.size}, within its header")
-    # uproot 4.1 to 5.3.6 subtracts 1,000,000 at each update, so that there are negative versions, too.
     version = int.from_bytes(data[4:8], "big", signed=True)
     fields = (_HEADER_64 if version >= 1_000_000 else _HEADER).unpack_from(data)
     _, _, begin, end, free_list, free_list_size, free_segments, name_size, units, _, info, info_size = fields
@@ -182,7 +182,9 @@ def _read_header(reader: Reader) -> _Header:
         raise InvalidRootFile(f"header: a name of {name_size} bytes for the root directory")
     # The version of ROOT that uproot 3 copied, and fUnits of a small file with the version of a large one.
     is_of_uproot_3 = version == 1_061_800 and units == 4
-    return _Header(begin, end, free_list, free_list_size, free_segments, name_size, info, info_size, is_of_uproot_3)
+    return _Header(
+        begin, end, free_list, free_list_size, free_segments, name_size, info, info_size, is_of_uproot_3, version < 0
+    )
 
 
 # --- directories -------------------------------------------------------------------------------------------------------
@@ -429,6 +431,8 @@ class _RecordWalk:
         self._references = references
         self._free_segments = _read_free_list(file, references)
         _expect_streamer_info(file, references)
+        # The last one first. Only this writer lets them begin within records.
+        self._stray_segments = list(reversed(self._free_segments.items())) if file.header.is_of_old_update else []
         self._names: dict[int, bytes] = {}
         self._names_left = MAX_NAMES
 
@@ -449,19 +453,34 @@ class _RecordWalk:
                 continue
             listed = expected.pop(position, None)
             if listed is None:
-                position = self._skip_gap(position) or self._check_unlisted(position)
+                position = (
+                    self._skip_stray_segment(position) or self._skip_gap(position) or self._check_unlisted(position)
+                )
             else:
                 position = self._check_listed(position, listed)
         if records > MAX_RECORDS:
             raise InvalidRootFile(f"more than {MAX_RECORDS} records")
         if position != end:
             raise InvalidRootFile(f"the last record ends at byte {position} and the file, its header says, at {end}")
+        if self._header.is_of_old_update:
+            free_segments.clear()
         if expected or free_segments:
             missing = min([*expected, *free_segments])
             raise InvalidRootFile(f"no record begins at byte {missing}, where one is referred to")
         return self._names
 
     # Between records
+
+    def _skip_stray_segment(self, position: int) -> int:
+        """Return the end of a free segment that began in the record before and reaches further, or 0.
+
+        uproot.update of 4.1 to 5.3.6 frees parts of records that it still uses; CERN ROOT sees that only when it writes.
+        """
+        while self._stray_segments and self._stray_segments[-1][0] < position:
+            _, end = self._stray_segments.pop()
+            if end > position:
+                return end
+        return 0
 
     def _skip_gap(self, position: int) -> int:
         """Return where the next record begins, or 0 where one begins here."""

@@ -89,29 +89,27 @@ _identity = attrgetter("name", "class_name", "cycle", "position")
 _uproot_identity = attrgetter("fName", "fClassName", "fCycle", "fSeekKey")
 
 
-def _keys_of_uproot(reader: Reader, start: int, end: int) -> list[tuple[str, str, int, int]]:
-    """Return name, class, cycle and position of the keys of the directory whose own fields begin at `start`."""
+def _read_until_keys(reader: Reader, start: int, end: int) -> tuple[_Chunk, _KeyCursor, int]:
+    """Return where, in which bytes, and how many are the keys of the directory whose own fields begin at `start`."""
     file = _File(reader, end)
     try:
         _Directory((), uproot.source.cursor.Cursor(start), {}, file, file)
-        return []
     except _KeyList as found:  # which must not outlive this clause: its traceback refers to the bytes of the file
-        chunk, cursor, number = found.chunk, _KeyCursor(found.start), found.number
-    return [
-        _uproot_identity(uproot.reading.ReadOnlyKey(chunk, cursor, {}, file, None, read_strings=True))
-        for _ in range(number)
-    ]
+        return found.chunk, _KeyCursor(found.start), found.number
+    raise ValueError("no list of keys")
 
 
 def compare_with_uproot(reader: Reader, start: int, end: int, keys: Collection[Key]) -> None:
     """Have uproot find these keys, in this order, in the root directory at byte `start` of a file that ends at `end`."""
     try:
-        found = _keys_of_uproot(reader, start, end)
-    except (MemoryError, OSError):  # ours: what the file can ask for is bounded by now; and of reading it
+        chunk, cursor, number = _read_until_keys(reader, start, end)
+        if number != len(keys):
+            raise InvalidRootFile(f"uproot finds {number} keys in the root directory, not {len(keys)}")
+        for key in keys:
+            found = _uproot_identity(uproot.reading.ReadOnlyKey(chunk, cursor, {}, None, None, read_strings=True))
+            if found != _identity(key):
+                raise InvalidRootFile(f"uproot finds other objects: {printable(found[0])!r}")
+    except (InvalidRootFile, MemoryError, OSError):  # the last two are of what is ours: bounded memory, and reading
         raise
     except Exception as error:  # whatever uproot stumbles over: ValueError, AssertionError, KeyError, ...
         raise InvalidRootFile(f"uproot cannot read the file: {error!r}") from error
-    expected = list(map(_identity, keys))
-    if found != expected:
-        other = min(set(found) ^ set(expected), default=found[0])
-        raise InvalidRootFile(f"uproot finds other objects: {printable(other[0])!r}")

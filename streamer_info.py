@@ -58,6 +58,7 @@ _VERSIONS = {
     "TStreamerArtificial": 1,
 }
 _LISTS = ("TList", "THashList")  # one of them, in the list, holds the rules of schema evolution
+_NOT_IN_TYPES = frozenset('\\`"#?;')  # characters that are in no name of a C++ type
 
 
 class DamagedStreamerInfo(Exception):
@@ -228,7 +229,8 @@ class _Walk:
     def _info(self, end: int) -> None:
         _, stop = self._enter("TStreamerInfo", end)
         class_name = self._tnamed(stop)
-        if not class_name.decode("utf-8", "surrogateescape").isprintable():  # which no surrogate is
+        text = class_name.decode("utf-8", "surrogateescape")
+        if not text.isprintable() or not _NOT_IN_TYPES.isdisjoint(text):  # no surrogate is printable
             raise self._damaged(f"a class of the name {class_name!r}")
         _, class_version = _TWO_INTS.unpack_from(self._data, self._at)
         self._at += _TWO_INTS.size

@@ -70,6 +70,8 @@ EXPLAINED = (
               "no older versions of the classes"),
     Explained("refused", "uproot-4.1*/*strings*", "*", "uproot 4.1 counts characters, not bytes, of names: records overlap"),
     Explained("refused", "uproot-4.1-update/root-names*", "*", "the same, of names that are not ASCII"),
+    Explained("refused", "uproot-4.3-update/own-jagged-delete_some*", "*zeros from byte*", "uproot 4.3 lost the room of "
+              "a record, which is zeros now, as of a lost sector"),
     Explained("name", "*", "TParticle *", "the name of its PDG code; rootcheck reports the key's"),
     Explained("name", "*", "TGaxis *", "its own, usually empty; rootcheck reports the key's"),
     Explained("refused", "header/*", "*free segments*", "the header contradicts the list of free segments"),

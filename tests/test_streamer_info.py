@@ -65,6 +65,8 @@ def test_streamer_infos_of_root_are_consistent() -> None:
         (b"\x04BASE", b"\x05BASE", "damaged"),
         (b"\x04BASE", b"\xffBASE", "a string of"),
         (b"\x80\0", b"\x88\0", "class '0x88"),
+        (b"\x04TH1F\0", b"\x04\\H1F\0", "a class of the name"),
+        (b"\x04TH1F\0", b"\x04\x14H1F\0", "a class of the name"),
     ],
     ids=str,
 )
