@@ -1,4 +1,4 @@
-"""Faults that a review of the data folder found: what is lost, held, or waited for without an end."""
+"""durable.py and the modules that use it: locks, group commit, folders by descriptor, and calls that fail between them."""
 
 from __future__ import annotations
 
