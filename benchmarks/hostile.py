@@ -4,7 +4,7 @@ Command: python benchmarks/hostile.py [--megabytes 2000]
 
 Each file holds objects whose blocks take the longest to inflate for what they are (tests/hostile_streams.py), up to so many
 megabytes inflated or 16 MB in the file. The honest ones are of zeros, as empty histograms are. The budget is what
-inflate.Budget allows: a hostile file is refused when it is spent, an honest one should need less than half of it.
+inflate.Budget allows: a hostile file is refused when it is spent, an honest one should need half of it at the most.
 """
 
 from __future__ import annotations
