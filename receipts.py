@@ -1,4 +1,4 @@
-"""The log of uploads: a receipt for each, and queries for the newest receipts.
+"""The log of uploads: a receipt for each.
 
 A receipt is one JSON line of `.receipts/<run>/<writer>.jsonl`. Only one process appends to a log, so its lines are in order of time.
 Receipts that acknowledge an upload are fsynced before the answer, in groups; rejections promise nothing and are not fsynced.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import heapq
 import json
 import os
 import re
@@ -40,11 +39,9 @@ OUTCOMES = ("stored", "duplicate", "replaced", "rejected")
 
 _MAX_LINE = 64 << 10  # bytes
 _MAX_OPEN_LOGS = 100  # of this process
-_MAX_SCANNED = 20_000  # lines that one request for receipts looks at
 _RECENT_RUNS = 50
 _TOUCH_INTERVAL = 60.0  # seconds
 _LISTING_AGE = 1.0  # seconds for which the order of the runs is good
-_TAIL = 16 << 10  # bytes of a log that are read at once, from its end
 
 _RUN = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -220,27 +217,13 @@ class ReceiptLog:
         """Return a string that changes whenever a receipt is added to a run, or to a recent one; raises RunNotFound."""
         digest = hashlib.sha256()
         with os_errors():
-            for folder, name in self._logs_of(run):
+            for folder, name in self.logs_of(run):
                 with contextlib.suppress(FileNotFoundError):
                     size = os.stat(name, dir_fd=folder.fd, follow_symlinks=False).st_size
                     digest.update(f"{name} {size}\n".encode())
         return digest.hexdigest()[:32]
 
-    def newest(self, run: int | None, query: Query) -> tuple[list[Receipt], str | None]:
-        """Return the newest receipts of a run, or of the 50 most recently active runs, and the `before` for older ones."""
-        with os_errors():
-            logs = [_backwards(*log, query.before) for log in self._logs_of(run)]
-            found: list[Receipt] = []
-            last = None
-            for number, receipt in enumerate(heapq.merge(*logs, key=lambda receipt: receipt.id, reverse=True)):
-                if number == _MAX_SCANNED or len(found) == query.limit:
-                    return found, last
-                last = receipt.id
-                if query.matches(receipt):
-                    found.append(receipt)
-            return found, None
-
-    def _logs_of(self, run: int | None) -> Iterator[tuple[Descriptor, str]]:
+    def logs_of(self, run: int | None) -> Iterator[tuple[Descriptor, str]]:
         """Yield the logs of a run, or of the recent runs, each as its folder and name; raises RunNotFound."""
         for one in self.recent_runs()[:_RECENT_RUNS] if run is None else [run]:
             try:
@@ -265,52 +248,3 @@ class ReceiptLog:
 def log_names(folder: Descriptor) -> list[str]:
     """Return the names of the logs in the folder of a run, sorted."""
     return sorted(name for name in list_names(folder) if name.endswith(".jsonl"))
-
-
-def _backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:
-    """Yield the receipts of a log that are older than `before`, from its end.
-
-    The log is opened for each read: a request may look at hundreds of them.
-    """
-    end, rest = -1, b""
-    while end:
-        try:
-            log = open_regular(name, os.O_RDONLY, folder)
-        except FileNotFoundError:  # archived just now
-            return
-        if end < 0:
-            end = log.status.st_size if before is None else _end_of_older(log, before)
-        start = max(0, end - _TAIL)
-        lines = (os.pread(log.fd, end - start, start) + rest).split(b"\n")
-        end, rest = start, lines[0][:_MAX_LINE]  # the line that begins before `start`
-        for line in reversed(lines[1:] if start else lines):
-            receipt = Receipt.from_line(line)
-            if receipt and (before is None or receipt.id < before):
-                yield receipt
-
-
-def _end_of_older(log: Descriptor, before: str) -> int:
-    """Return a position soon after the receipts that are older than `before`, by binary search: the lines are in order."""
-    low, high = 0, log.status.st_size
-    while high - low > _TAIL:
-        middle = (low + high) // 2
-        whole = os.pread(log.fd, _TAIL, middle).split(b"\n")[1:-1]
-        receipt = next(filter(None, map(Receipt.from_line, whole)), None)
-        if receipt and receipt.id >= before:
-            high = middle
-        else:
-            low = middle
-    return high + os.pread(log.fd, _MAX_LINE, high).find(b"\n") + 1  # with the rest of the line at that position
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query for receipts: at most `limit`, older than the one with the id `before`, of an agent, with an outcome."""
-
-    limit: int = 100
-    before: str | None = None
-    agent: str | None = None
-    outcome: str | None = None
-
-    def matches(self, receipt: Receipt) -> bool:
-        return self.agent in (None, receipt.agent) and self.outcome in (None, receipt.outcome)

@@ -34,7 +34,8 @@ import rootcheck
 import storage
 from downloads import conditional, send_file
 from durable import StorageError, os_errors
-from receipts import OUTCOMES, Query, Receipt, ReceiptLog, RunNotFound
+from receipt_pages import Query, newest
+from receipts import OUTCOMES, Receipt, ReceiptLog, RunNotFound
 from receiver_metrics import Metrics
 from receiver_requests import (
     FORM_OVERHEAD,
@@ -448,7 +449,7 @@ class Receiver:
         etag = self.receipts.etag(number)
         if response := not_modified(request, etag):
             return response
-        receipts, before = self.receipts.newest(number, query)
+        receipts, before = newest(self.receipts, number, query)
         return json_response({"receipts": [receipt.content for receipt in receipts], "before": before}, etag=etag)
 
     # --- the receiver itself -------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from werkzeug.sansio.multipart import MultipartDecoder
 from werkzeug.test import Client
 
 import durable
+import receipt_pages
 import receipts
 import receiver
 import receiver_command
@@ -453,7 +454,7 @@ def test_clock_that_steps_back_begins_a_new_log(log: ReceiptLog, folder: Path, m
     for size in range(4):
         log.append(make_receipt(size=size))
     assert len(list(folder.glob(".receipts/123/*.jsonl"))) == 2
-    newest, _ = log.newest(123, receipts.Query())
+    newest, _ = receipt_pages.newest(log, 123, receipt_pages.Query())
     assert [receipt.received_at[11:13] for receipt in newest] == ["13", "12", "12", "11"]
 
 
@@ -488,12 +489,12 @@ def test_run_is_touched_once_a_minute(log: ReceiptLog, folder: Path, monkeypatch
 
 
 def test_request_for_receipts_looks_at_so_many(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receipts, "_MAX_SCANNED", 2)
+    monkeypatch.setattr(receipt_pages, "_MAX_SCANNED", 2)
     for number in range(3):
         log.append(make_receipt(agent="TPC" if number else "EMC"))
-    found, before = log.newest(123, receipts.Query(agent="EMC"))
+    found, before = receipt_pages.newest(log, 123, receipt_pages.Query(agent="EMC"))
     assert found == []
-    found, before = log.newest(123, receipts.Query(agent="EMC", before=before))
+    found, before = receipt_pages.newest(log, 123, receipt_pages.Query(agent="EMC", before=before))
     assert [one.agent for one in found] == ["EMC"]
     assert before is None
 

@@ -19,11 +19,13 @@ import pytest
 from client import AUTH, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, PROJECT, get, receipts, send
 from werkzeug.test import Client
 
+import receipt_pages
 import receipts as receipt_module
 import receiver
 import summaries
 from durable import StorageUnavailable
-from receipts import OUTCOMES, Query, Receipt, ReceiptLog, RunNotFound
+from receipt_pages import Query, newest
+from receipts import OUTCOMES, Receipt, ReceiptLog, RunNotFound
 from summaries import Summaries
 
 MakeApp = Callable[..., receiver.Receiver]
@@ -210,7 +212,7 @@ def test_failed_append_begins_a_new_log(
     log.append(receipt(time_stamp=3))
     assert len(list((folder / ".receipts/123").iterdir())) == 2
     assert {one["time_stamp"] for one in receipts(folder)} >= {1, 3}
-    assert [one.time_stamp for one in log.newest(123, Query())[0]][::2] == ([3] if call == "write" else [3, 1])[:2]
+    assert [one.time_stamp for one in newest(log, 123, Query())[0]][::2] == ([3] if call == "write" else [3, 1])[:2]
 
 
 @pytest.mark.parametrize("gone", [".receipts", ".receipts/123"])
@@ -270,7 +272,7 @@ def test_receipts_come_in_pages(client: Client, folder: Path, path: str) -> None
 def test_paging_goes_beyond_what_one_request_scans(
     log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receipt_module, "_MAX_SCANNED", 100)
+    monkeypatch.setattr(receipt_pages, "_MAX_SCANNED", 100)
     lines = [
         line(f"10:{n // 60:02}:{n % 60:02}", time_stamp=n, agent="few" if n % 300 == 0 else "EMC") for n in range(2000)
     ]
@@ -281,7 +283,7 @@ def test_paging_goes_beyond_what_one_request_scans(
     ):
         found, before, requests = list[int](), query.before, 0
         while requests == 0 or before is not None:
-            page, before = log.newest(123, Query(query.limit, before, query.agent))
+            page, before = newest(log, 123, Query(query.limit, before, query.agent))
             found += [one.time_stamp for one in page]
             requests += 1
             assert requests < 100
@@ -292,7 +294,7 @@ def test_old_page_of_a_long_log_is_quick(log: ReceiptLog, folder: Path, parsed: 
     note(folder, *[line(f"{n // 3600:02}:{n // 60 % 60:02}:{n % 60:02}", time_stamp=n) for n in range(20_000)])
     before = json.loads(line("00:01:40"))["id"]
     parsed.clear()
-    page, _ = log.newest(123, Query(10, before))
+    page, _ = newest(log, 123, Query(10, before))
     assert [one.time_stamp for one in page] == list(range(99, 89, -1))
     assert len(parsed) < 1500
 
