@@ -53,8 +53,7 @@ def receivers(data: list[Path], folder: Path, seconds: float) -> float:
             stack.callback(server.stop)
 
         def send(number: int) -> common.Load:
-            first = 1_000_000_000 + number * 100_000_000
-            return common.uploads(servers[number], "receiver", FILE, seconds, CONNECTIONS, first)
+            return common.uploads(servers[number], "receiver", FILE, seconds, CONNECTIONS)
 
         loads = list(pool.map(send, range(len(data))))
     if errors := sum(load.errors for load in loads):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import getpass
 import http.client
+import itertools
 import os
 import signal
 import socket
@@ -257,13 +258,14 @@ def load(running: Server, script: str, target: str, seconds: float, connections:
     return Load(requests / duration * 1e6, median / 1e6, slowest / 1e6, errors, cpu / max(requests, 1))
 
 
-def uploads(
-    running: Server, kind: str, path: Path, seconds: float, connections: int, first_time_stamp: int = 1_000_000_000
-) -> Load:
-    """Upload a file again and again, after a second to warm up, by PUT to nginx and as a form to the others."""
+_first_time_stamps = itertools.count(1_000_000_000, 2_000_000)  # so that no load sends a name twice
+
+
+def uploads(running: Server, kind: str, path: Path, seconds: float, connections: int, warm_up: float = 1.0) -> Load:
+    """Upload a file again and again, after some seconds to warm up, by PUT to nginx and as a form to the others."""
     method = "PUT" if kind == "nginx" else "POST"
-    for first, duration in ((first_time_stamp, 1.0), (first_time_stamp + 10_000_000, seconds)):
-        script = _UPLOAD.format(path=path, token=TOKEN, method=method, first=first, target=FILES)
+    for duration in (warm_up, seconds) if warm_up else (seconds,):
+        script = _UPLOAD.format(path=path, token=TOKEN, method=method, first=next(_first_time_stamps), target=FILES)
         result = load(running, script, FILES, duration, connections)
     return result
 

@@ -4,7 +4,7 @@ Command: python benchmarks/uploads.py [--rounds 5] [--seconds 3] [--folder FOLDE
 Needs: wrk, nginx, PyPI's `root` and flask.
 
 wrk uploads a file as a form over 16 kept connections, each time with a new time stamp, so that each upload is stored. All servers have two
-workers. They run in turn, round after round; medians are compared. The rivals, and what each has done before it answers 200:
+workers and are loaded in turn, round after round; medians are compared. The rivals, and what each has done before it answers 200:
 
     Flask and ROOT  rival_flask.py under gunicorn: the file is written and ROOT has read each key; nothing is synced. With sync workers and
                     with 16 threads (gthread) each, of which the faster one counts.
@@ -17,6 +17,7 @@ workers. They run in turn, round after round; medians are compared. The rivals, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -71,14 +72,22 @@ def disk(folder: Path, path: Path, seconds: float) -> common.Load:
     return common.Load(len(taken) / seconds, median(taken), slowest, errors=0, cpu=cpu / len(taken))
 
 
-def run(folder: Path, kind: str, path: Path, seconds: float) -> common.Load:
-    if kind == "disk":
-        return disk(folder, path, seconds)
-    with common.server(folder, kind, WORKERS) as server:
-        result = common.uploads(server, kind, path, seconds, CONNECTIONS)
-    if result.errors:
-        raise RuntimeError(f"{kind}: {result.errors} of the uploads of {path.name} failed")
-    return result
+def measure(options: common.Options, path: Path) -> dict[str, list[common.Load]]:
+    """Run all servers at once, and load one of them at a time, round after round."""
+    runs: dict[str, list[common.Load]] = {kind: [] for kind in KINDS}
+    with contextlib.ExitStack() as running:
+        kinds = [kind for kind in KINDS if kind != "disk"]
+        servers = {kind: running.enter_context(common.server(options.folder, kind, WORKERS)) for kind in kinds}
+        for kind, server in servers.items():
+            common.uploads(server, kind, path, 1, CONNECTIONS, warm_up=0)
+        for _ in range(options.rounds):
+            for kind, server in servers.items():
+                result = common.uploads(server, kind, path, options.seconds, CONNECTIONS, warm_up=0)
+                if result.errors:
+                    raise RuntimeError(f"{kind}: {result.errors} of the uploads of {path.name} failed")
+                runs[kind].append(result)
+            runs["disk"].append(disk(options.folder, path, options.seconds))
+    return runs
 
 
 def main() -> None:
@@ -86,10 +95,7 @@ def main() -> None:
     rates, costs = [], []
     for name, content in CONTENTS.items():
         path = common.file(options.folder, name)
-        runs: dict[str, list[common.Load]] = {kind: [] for kind in KINDS}
-        for _ in range(options.rounds):
-            for kind in KINDS:
-                runs[kind].append(run(options.folder, kind, path, options.seconds))
+        runs = measure(options, path)
         rate, cpu = (
             {kind: median(getattr(one, field) for one in runs[kind]) for kind in KINDS}
             for field in ("per_second", "cpu")
