@@ -190,14 +190,11 @@ http {{
 
 
 def new_data(folder: Path) -> Path:
-    """Make a new data folder; what was written before is on the disk and disturbs no measurement.
+    """Make a new data folder, when all that was written before is on the disk and disturbs no measurement.
 
-    No file is removed, only emptied: ext4 takes a millisecond to make a file for minutes after many have been removed.
+    No earlier file is removed: ext4 takes a millisecond to make a file for minutes after many have been removed.
     """
     data = Path(tempfile.mkdtemp(prefix="data-", dir=folder))
-    for path in folder.glob("data-*/**/*"):
-        if path.is_file() and path.stat().st_size:
-            os.truncate(path, 0)
     os.sync()
     return data
 
