@@ -118,10 +118,12 @@ class FairSlots:
         try:
             yield
         finally:
-            self._pass_on()
+            self._pass_on(sender)
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, last: str) -> None:
         with self._lock:
+            if last in self._waiting:
+                self._waiting.move_to_end(last)  # the others first
             if not self._waiting:
                 self._free += 1
                 return

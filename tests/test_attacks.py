@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import http.client
 import socket
 import ssl
 import subprocess
@@ -13,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client import FILES, HEADERS, HISTOGRAMS, Answer, curl, settings
+from client import FILES, HEADERS, HISTOGRAMS, Answer, curl, post, settings
+from hostile_streams import BLOCK, HOSTILE
+from rootfiles import File
 from server import Nginx, Server
 
 CONNECTIONS = 300
@@ -256,3 +260,46 @@ def test_a_huge_body_is_refused_before_it_is_sent(target: Target) -> None:
     with connected(target.server.port) as peer:
         peer.sendall(head(**{**WRONG, "Content-Length": "3000000000", "Expect": "100-continue"}))
         assert peer.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+
+
+# --- files that cost seconds -------------------------------------------------------------------------------------------
+
+
+def hostile_file() -> bytes:
+    """Return a small file whose check costs seconds: Zstandard blocks with endless sequences of three bytes."""
+    one, size = HOSTILE["ZS"](BLOCK - 1000)
+    count = (1 << 30) // size  # an object of 1 GiB, the most that is allowed
+    file = File()
+    for name in (b"h1", b"h2"):
+        file.add(b"TH1F", name, one * count, object_size=size * count)
+    return file.close()
+
+
+@pytest.mark.slow
+def test_costly_files_delay_only_their_own_sender(tmp_path: Path) -> None:
+    tokens = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("attacker", "agent")}
+    (tmp_path / "tokens.ini").write_text("[tokens]\n" + "".join(f"{name} = {tokens[name]}\n" for name in tokens))
+    environ = settings(tmp_path / "data", tokens_file=str(tmp_path / "tokens.ini"))
+    server = Server(environ, tmp_path / "log", ())
+    costly, over = hostile_file(), threading.Event()
+
+    def attack(number: int) -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                post(server.port, costly, {**HEADERS, "token": "attacker", "timeStamp": str(number)})
+
+    threads = [threading.Thread(target=attack, args=(number,)) for number in range(24)]
+    try:
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        for number in range(3):
+            began = time.monotonic()
+            headers = {**HEADERS, "token": "agent", "timeStamp": str(1000 + number)}
+            assert post(server.port, HISTOGRAMS, headers).status == 200
+            assert time.monotonic() - began < 10
+    finally:
+        over.set()
+        server.kill()  # so that no thread waits for its check
+        for thread in threads:
+            thread.join()
