@@ -32,6 +32,7 @@ from client import (
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import Client
 
+import durable
 import receiver
 import receiver_metrics
 from receiver_metrics import REASON_CLASSES
@@ -169,7 +170,7 @@ def test_every_refusal_is_counted_by_its_reason(make_app: MakeApp, folder: Path,
 def test_faults_of_ours_are_counted_too(
     client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: str, reason: str
 ) -> None:
-    kinds = {"no_room": receiver.storage.InsufficientStorage, "unavailable": receiver.storage.StorageUnavailable}  # type: ignore[attr-defined]
+    kinds = {"no_room": durable.InsufficientStorage, "unavailable": durable.StorageUnavailable}
 
     def fail(*_: object, **__: object) -> None:
         raise kinds.get(error, RuntimeError)("no")
