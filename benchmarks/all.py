@@ -12,7 +12,7 @@ import sys
 import common
 
 PAGE = common.PROJECT / "docs" / "performance.md"
-NAMES = ("uploads", "slow_disk", "validation", "hostile", "scaling", "many_runs", "memory", "downloads")
+NAMES = ("uploads", "slow_disk", "validation", "hostile", "scaling", "many_runs")
 
 
 def main() -> None:
