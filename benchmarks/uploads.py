@@ -80,13 +80,16 @@ def measure(options: common.Options, path: Path) -> dict[str, list[common.Load]]
         servers = {kind: running.enter_context(common.server(options.folder, kind, WORKERS)) for kind in kinds}
         for kind, server in servers.items():
             common.uploads(server, kind, path, 1, CONNECTIONS, warm_up=0)
-        for _ in range(options.rounds):
-            for kind, server in servers.items():
-                result = common.uploads(server, kind, path, options.seconds, CONNECTIONS, warm_up=0)
+        for number in range(options.rounds):
+            for kind in KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]:  # each comes after each other one
+                os.sync()
+                if kind == "disk":
+                    runs[kind].append(disk(options.folder, path, options.seconds))
+                    continue
+                result = common.uploads(servers[kind], kind, path, options.seconds, CONNECTIONS, warm_up=0)
                 if result.errors:
                     raise RuntimeError(f"{kind}: {result.errors} of the uploads of {path.name} failed")
                 runs[kind].append(result)
-            runs["disk"].append(disk(options.folder, path, options.seconds))
     return runs
 
 
