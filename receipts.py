@@ -37,7 +37,6 @@ from durable import (
 
 OUTCOMES = ("stored", "duplicate", "replaced", "rejected")
 
-_MAX_LINE = 64 << 10  # bytes
 _MAX_OPEN_LOGS = 100  # of this process
 _RECENT_RUNS = 50
 _TOUCH_INTERVAL = 60.0  # seconds
