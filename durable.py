@@ -74,7 +74,7 @@ class Descriptor:
         self.fd = fd
         self.status = os.fstat(fd)
 
-    def leads(self, path: str, parent: Descriptor | None = None) -> bool:
+    def has_path(self, path: str, parent: Descriptor | None = None) -> bool:
         """Return whether a path still leads to this file."""
         try:
             now = os.stat(path, dir_fd=parent.fd if parent else None, follow_symlinks=parent is None)
@@ -116,10 +116,10 @@ class Folder:
             return held[0]
         with os_errors():
             parent = self.parent.open() if self.parent else None
-            if held and held[0].leads(self.path, parent):
+            if held and held[0].has_path(self.path, parent):
                 folder = held[0]
             elif held and not held[0].is_deleted() and (parent is None or self._exists(parent)):
-                raise StorageUnavailable(f"The data folder cannot be used: {self._called()} was moved away")
+                raise StorageUnavailable(f"The data folder cannot be used: {self._description()} was moved away")
             else:
                 folder = self._open(parent)
         self._held = folder, now
@@ -149,12 +149,14 @@ class Folder:
             return Descriptor(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         folder = make_folder(self.path, parent)
         if folder.status.st_uid != os.geteuid() or folder.status.st_mode & 0o022:
-            raise StorageUnavailable(f"The data folder cannot be used: {self._called()} belongs to another account")
+            raise StorageUnavailable(
+                f"The data folder cannot be used: {self._description()} belongs to another account"
+            )
         if folder.status.st_dev != parent.status.st_dev:
-            raise StorageUnavailable(f"The data folder cannot be used: {self._called()} is on another file system")
+            raise StorageUnavailable(f"The data folder cannot be used: {self._description()} is on another file system")
         return folder
 
-    def _called(self) -> str:
+    def _description(self) -> str:
         return self.path if self.parent else "the folder"
 
 
@@ -253,7 +255,7 @@ class FolderLock:
             file = self._file = self._file or open_regular(".lock", os.O_RDWR | os.O_CREAT, data, mode=0o600)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if file.leads(".lock", data):
+                if file.has_path(".lock", data):
                     return
                 self._file = None  # `.lock` was removed: this one excludes only processes that opened it earlier
             if time.monotonic() > end:

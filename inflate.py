@@ -32,11 +32,11 @@ MIN_SECONDS = 1.0
 BYTES_PER_SECOND = 1_000_000  # of the file, each second adds one
 INFLATED_PER_SECOND = 400_000_000  # bytes, likewise
 
-_PIECE = 1 << 16  # bytes inflated at once where that can be chosen
+_INFLATE_CHUNK = 1 << 16  # bytes inflated at once where that can be chosen
 _XZ_END = 64  # bytes in which the end of a block, its CRC, an index of one block and the end of the stream fit
 _CHECKSUM = struct.Struct(">I")  # Adler-32, with which a zlib stream ends
 
-BLOCK_HEAD = struct.Struct("<3sHBHB")  # the third of the three bytes of a length is read apart
+_BLOCK_HEADER = struct.Struct("<3sHBHB")  # the third of the three bytes of a length is read apart
 CHECKSUMMED = (b"ZL", b"XZ", b"L4")  # letters of the blocks in which damage shows
 
 Block = bytes | bytearray
@@ -92,15 +92,15 @@ def inflate_single_zlib_block(data: bytes, start: int, compressed_size: int, siz
     """Return what a payload inflates to if it is one good zlib block, wholly in `data`: nearly all are."""
     end = start + compressed_size
     # Asked for nothing, libdeflate does not look at the stream.
-    if end > len(data) or compressed_size < BLOCK_HEAD.size or not size:
+    if end > len(data) or compressed_size < _BLOCK_HEADER.size or not size:
         return None
-    kind, stored_size, high, block_size, higher = BLOCK_HEAD.unpack_from(data, start)
-    if kind != b"ZL\x08" or stored_size | high << 16 != compressed_size - BLOCK_HEAD.size:
+    kind, stored_size, high, block_size, higher = _BLOCK_HEADER.unpack_from(data, start)
+    if kind != b"ZL\x08" or stored_size | high << 16 != compressed_size - _BLOCK_HEADER.size:
         return None
     if block_size | higher << 16 != size:
         return None
     try:
-        return _inflate_zlib(memoryview(data)[start + BLOCK_HEAD.size : end], size)
+        return _inflate_zlib(memoryview(data)[start + _BLOCK_HEADER.size : end], size)
     except (deflate.DeflateError, InflateError):
         return None
 
@@ -116,11 +116,11 @@ def inflate_blocks(
     position, end, left = start, start + compressed_size, size
     while position < end:
         budget.check_time()
-        room = end - position - BLOCK_HEAD.size
+        room = end - position - _BLOCK_HEADER.size
         if room < 0:
             raise InflateError(f"{end - position} bytes behind its last compressed block")
-        data, at = read(position, BLOCK_HEAD.size)
-        kind, stored_size, high, block_size, higher = BLOCK_HEAD.unpack_from(data, at)
+        data, at = read(position, _BLOCK_HEADER.size)
+        kind, stored_size, high, block_size, higher = _BLOCK_HEADER.unpack_from(data, at)
         stored_size |= high << 16
         block_size |= higher << 16
         if kind not in _INFLATERS:
@@ -131,8 +131,8 @@ def inflate_blocks(
             raise InflateError(f"a block of {stored_size} bytes in the last {room} bytes of the record")
         if not 0 < block_size <= left:
             raise InflateError(f"a block that inflates to {block_size} bytes where {left} are left to come")
-        at += BLOCK_HEAD.size
-        position += BLOCK_HEAD.size
+        at += _BLOCK_HEADER.size
+        position += _BLOCK_HEADER.size
         if at + stored_size > len(data):
             del data  # up to 16 MiB, before as much is read
             data, at = read(position, stored_size)
@@ -193,10 +193,10 @@ def _inflate_xz(stored: memoryview, size: int, budget: Budget) -> Block:
     """Return the first piece; to collect them all would take a tenth of the time of the dearest files."""
     _check_xz_structure(stored)
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
-    first = piece = decoder.decompress(stored, max_length=_PIECE)
+    first = piece = decoder.decompress(stored, max_length=_INFLATE_CHUNK)
     length = len(piece)
     while not decoder.eof and piece and length <= size:
-        piece = decoder.decompress(b"", max_length=_PIECE)
+        piece = decoder.decompress(b"", max_length=_INFLATE_CHUNK)
         length += len(piece)
         budget.check_time()
     _require_size(first, length if decoder.eof and not decoder.unused_data else -1, size)
@@ -208,7 +208,7 @@ def _inflate_cs(stored: memoryview, size: int, budget: Budget) -> Block:
     inflated, length = bytearray(size), 0
     data: memoryview | bytes = stored
     while not decoder.eof and length <= size:
-        piece = decoder.decompress(data, _PIECE)
+        piece = decoder.decompress(data, _INFLATE_CHUNK)
         if not piece:
             break
         data = decoder.unconsumed_tail

@@ -34,7 +34,7 @@ class Query:
 def newest(receipts: ReceiptLog, run: int | None, query: Query) -> tuple[list[Receipt], str | None]:
     """Return the newest receipts of a run, or of the 50 most recently active runs, and the `before` for older ones."""
     with os_errors():
-        logs = [_backwards(*log, query.before) for log in receipts.logs_of(run)]
+        logs = [_read_backwards(*log, query.before) for log in receipts.logs_of(run)]
         found: list[Receipt] = []
         last = None
         for number, receipt in enumerate(heapq.merge(*logs, key=lambda receipt: receipt.id, reverse=True)):
@@ -46,7 +46,7 @@ def newest(receipts: ReceiptLog, run: int | None, query: Query) -> tuple[list[Re
         return found, None
 
 
-def _backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:
+def _read_backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:
     """Yield the receipts of a log that are older than `before`, from its end.
 
     The log is opened for each read: a request may look at hundreds of them.

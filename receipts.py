@@ -84,11 +84,11 @@ class Receipt:
             receipt = cls(**json.loads(line))
         except (ValueError, TypeError, RecursionError):
             return None
-        good = all(isinstance(getattr(receipt, name), kinds) for name, kinds in _KINDS.items())
+        good = all(isinstance(getattr(receipt, name), types) for name, types in _FIELD_TYPES.items())
         return receipt if good and receipt.outcome in OUTCOMES and receipt.id > receipt.received_at > "" else None
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "outcome": str, "filename": str, "run": int, "time_stamp": int, "agent": str, "data_status": int, "size": int,
     "sha256": (str, type(None)), "received_at": str, "id": str,
 }  # fmt: skip
@@ -167,7 +167,7 @@ class ReceiptLog:
         """Return this process's log of a run; a new one if the run's folder was archived or removed."""
         receipts = self.folder.open()
         log = self._logs.get(run)
-        if log and log.file.leads(f"{run}/{log.name}", receipts):
+        if log and log.file.has_path(f"{run}/{log.name}", receipts):
             self._logs.move_to_end(run)
             return log
         folder = make_folder(str(run), receipts)

@@ -154,7 +154,7 @@ class Receiver:
         self.metrics = Metrics(str(self.storage.folder))
         cores = len(os.sched_getaffinity(0))
         # The processes of a server with several (gunicorn.conf.py: four at the most) share the cores.
-        self.slots = {False: FairSlots(cores), True: FairSlots(max(1, cores // 4))}
+        self.validation_slots = {False: FairSlots(cores), True: FairSlots(max(1, cores // 4))}
         paged = frozenset({"limit", "before"})
         of_receipts = paged | {"amoreAgent", "outcome"}
         of_files = paged | {"filename", "runNumber", "amoreAgent"}
@@ -269,8 +269,8 @@ class Receiver:
             )
             self.receipts.append(receipt)
         self.report(request, receipt)
-        answer = success(upload, objects, headers.file_name)
-        return json_response(answer if outcome == "stored" else answer | {outcome: True})
+        content = success_content(upload, objects, headers.file_name)
+        return json_response(content if outcome == "stored" else content | {outcome: True})
 
     def check(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/check: give the answer that the upload would get, and store nothing."""
@@ -279,10 +279,10 @@ class Receiver:
         with self.receive_body(request) as upload:
             objects, _ = self.validate(request, upload, headers)
             outcome = self.storage.compare(upload, headers.file_name) if headers.file_name else "stored"
-            answer = success(upload, objects, headers.file_name)
+            content = success_content(upload, objects, headers.file_name)
         self.metrics.count_check("valid")
         log("check", status=200, **request.facts, size=upload.size)
-        return json_response(answer if outcome == "stored" else answer | {outcome: True})
+        return json_response(content if outcome == "stored" else content | {outcome: True})
 
     def read_head(self, request: ReceiverRequest, *, required: bool) -> UploadHeaders:
         """Check the headers of an upload; raises RequestRefused."""
@@ -348,7 +348,8 @@ class Receiver:
         if headers.sha256 is not None and headers.sha256 != upload.sha256:
             message = f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}"
             raise FileRejected(message, "sha256", upload)
-        with self.slots[request.is_multiprocess].take(request.token.name if request.token else ""), os_errors():
+        sender = request.token.name if request.token else ""
+        with self.validation_slots[request.is_multiprocess].take(sender), os_errors():
             if is_client_gone(request):
                 raise ClientGone
             began = time.monotonic()
@@ -476,14 +477,14 @@ class Receiver:
 
     def describe_api(self, request: ReceiverRequest) -> Response:
         """GET /rest/api/openapi.json: describe this interface."""
-        return Response(installed("openapi.json").read_bytes(), mimetype="application/json")
+        return Response(installed_path("openapi.json").read_bytes(), mimetype="application/json")
 
     def show_page(self, request: ReceiverRequest, name: str = "index.html") -> Response:
         """GET /view/: return a file of the page for shifters, or one of JSROOT that it loads."""
         if request.path == "/view":  # the page's own addresses are relative to /view/
             return Response(status=308, headers={"Location": f"{request.script_root}/view/"})
         if name in _PAGE_FILES:
-            path = installed(f"page/{name}")
+            path = installed_path(f"page/{name}")
         elif name in _JSROOT_FILES and self.settings.jsroot:
             path = self.settings.jsroot / name
         else:
@@ -531,18 +532,18 @@ def make_receipt(request: ReceiverRequest, headers: UploadHeaders, outcome: str,
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 
-def success(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str) -> dict[str, Any]:
+def success_content(upload: Upload, objects: Mapping[str, rootcheck.RootObject], name: str) -> dict[str, Any]:
     """Return the answer to a valid file, with at most 1 MiB of JSON about its objects."""
     described = {key: found.description for key, found in objects.items()}
-    answer: dict[str, Any] = {"status": 200} | ({"filename": name} if name else {})
-    answer |= {"message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
+    content: dict[str, Any] = {"status": 200} | ({"filename": name} if name else {})
+    content |= {"message": SUCCESS, "received": described, "size": upload.size, "sha256": upload.sha256}
     characters = sum(len(key) + len(text) + 1 for key, text in described.items())
     if 12 * characters > _MAX_RECEIVED:  # JSON needs at most 12 bytes for a character
         sizes = accumulate(len(json.dumps({key: text})) for key, text in described.items())
         fitting = sum(1 for _ in takewhile(lambda size: size <= _MAX_RECEIVED, sizes))
         if fitting < len(described):
-            answer |= {"received": dict(islice(described.items(), fitting)), "truncated": True}
-    return answer
+            content |= {"received": dict(islice(described.items(), fitting)), "truncated": True}
+    return content
 
 
 def json_response(content: Mapping[str, object], status: int = 200, *, etag: str | None = None) -> Response:
@@ -593,7 +594,7 @@ def log(event: str, **facts: object) -> None:
     )
 
 
-def installed(name: str) -> Path:
+def installed_path(name: str) -> Path:
     """Return the path of a file that the receiver sends: in a checkout, or where setup.cfg installs it."""
     path = Path(__file__).parent / name
     return path if path.exists() else Path(sysconfig.get_path("data"), "share", "dqm-receiver", name)

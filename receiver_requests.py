@@ -288,5 +288,5 @@ def ends_in_delimiter(buffer: bytearray, delimiter: bytes) -> bool:
     return tail.endswith((delimiter, delimiter + b"-"))
 
 
-def malformed(what: str) -> RequestRefused:
-    return RequestRefused(f"The form is malformed: {what}", "malformed_form")
+def malformed(problem: str) -> RequestRefused:
+    return RequestRefused(f"The form is malformed: {problem}", "malformed_form")

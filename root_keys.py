@@ -93,7 +93,7 @@ class Key(NamedTuple):
 
 
 def describe_record(position: int, class_name: str, name: str) -> str:
-    return f"record at byte {position} ({printable(class_name)[:80]} {printable(name)[:80]})"
+    return f"record at byte {position} ({escape_undecodable(class_name)[:80]} {escape_undecodable(name)[:80]})"
 
 
 KEY = struct.Struct(">ihiIhhii")  # fNbytes, fVersion, fObjlen, fDatime, fKeylen, fCycle, fSeekKey, fSeekPdir
@@ -144,7 +144,7 @@ def parse_key(data: bytes, is_listed: bool) -> tuple[Key, int]:
         at = key_size
     if at > len(data):
         raise InvalidRootFile(f"has {at} bytes where only {len(data)} are left")
-    return Key(size, object_size, key_size, cycle, position, directory, text_of(class_name), text_of(name)), at
+    return Key(size, object_size, key_size, cycle, position, directory, decode_name(class_name), decode_name(name)), at
 
 
 def parse_usual_key(data: bytes, at: int, end: int) -> Key | None:
@@ -177,11 +177,11 @@ def keys_agree(listed: bytes, key: Key) -> bool:
     return copy[:-1] == key[:-1]
 
 
-def text_of(name: bytes) -> str:
+def decode_name(name: bytes) -> str:
     """Return a name in which undecodable bytes are surrogates, so that two names never become one."""
     return name.decode("utf-8", "surrogateescape")
 
 
-def printable(name: str) -> str:
+def escape_undecodable(name: str) -> str:
     """Return a name with backslash escapes for undecodable bytes."""
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

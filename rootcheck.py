@@ -37,11 +37,11 @@ from root_keys import (
     InvalidRootFile,
     Key,
     Reader,
+    decode_name,
+    escape_undecodable,
     keys_agree,
     parse_usual_key,
-    printable,
     read_key,
-    text_of,
 )
 from second_reader import compare_with_uproot
 from streamer_info import MAX_SIZE as MAX_STREAMER_INFO
@@ -109,23 +109,23 @@ def _report(keys: dict[int, Key], names: dict[int, bytes]) -> dict[str, RootObje
     objects: dict[str, RootObject] = {}
     classes: dict[str, str] = {}  # there are few
     for name, key in newest.items():
-        own_name = key_name = name if len(name) <= MAX_NAME and name.isascii() else _shown(name)
+        own_name = key_name = name if len(name) <= MAX_NAME and name.isascii() else _escape_and_cut(name)
         if key.position in names:
-            own_name = _shown(text_of(names[key.position]))
+            own_name = _escape_and_cut(decode_name(names[key.position]))
         if key_name in objects:  # a long name, or one whose escapes are the letters of another
-            key_name = _unlike(key_name, objects)
-        class_name = classes.get(key.class_name) or classes.setdefault(key.class_name, _shown(key.class_name))
+            key_name = _make_unique(key_name, objects)
+        class_name = classes.get(key.class_name) or classes.setdefault(key.class_name, _escape_and_cut(key.class_name))
         objects[key_name] = RootObject(own_name, class_name)
     return objects
 
 
-def _unlike(shown: str, others: Container[str]) -> str:
+def _make_unique(shown: str, others: Container[str]) -> str:
     return next(name for number in count(2) if (name := f"{shown} ({number})") not in others)
 
 
-def _shown(name: str) -> str:
+def _escape_and_cut(name: str) -> str:
     """Return a name with backslash escapes for undecodable bytes, cut to its limit."""
-    return printable(name)[:MAX_NAME]
+    return escape_undecodable(name)[:MAX_NAME]
 
 
 # --- the header --------------------------------------------------------------------------------------------------------

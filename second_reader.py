@@ -16,7 +16,7 @@ from typing import Any
 import uproot.reading
 import uproot.source.cursor
 
-from root_keys import WINDOW, InvalidRootFile, Key, Reader, printable
+from root_keys import WINDOW, InvalidRootFile, Key, Reader, escape_undecodable
 
 
 class _Chunk:
@@ -69,7 +69,7 @@ class _KeyCursor(uproot.source.cursor.Cursor):  # type: ignore[misc]
         return chunk.bytes[at : at + length].decode(errors="surrogateescape")
 
 
-class _KeyList(Exception):
+class _KeysBegin(Exception):
     """Ends the reading of a directory where its keys begin."""
 
     def __init__(self, chunk: _Chunk, start: int, number: int) -> None:
@@ -82,7 +82,7 @@ class _Directory(uproot.reading.ReadOnlyDirectory):  # type: ignore[misc]
     def hook_before_keys(
         self, *, keys_chunk: _Chunk, keys_cursor: uproot.source.cursor.Cursor, num_keys: int, **_: object
     ) -> None:
-        raise _KeyList(keys_chunk, keys_cursor.index, num_keys)
+        raise _KeysBegin(keys_chunk, keys_cursor.index, num_keys)
 
 
 _identity = attrgetter("name", "class_name", "cycle", "position")
@@ -94,7 +94,7 @@ def _read_until_keys(reader: Reader, start: int, end: int) -> tuple[_Chunk, _Key
     file = _File(reader, end)
     try:
         _Directory((), uproot.source.cursor.Cursor(start), {}, file, file)
-    except _KeyList as found:  # which must not outlive this clause: its traceback refers to the bytes of the file
+    except _KeysBegin as found:  # which must not outlive this clause: its traceback refers to the bytes of the file
         return found.chunk, _KeyCursor(found.start), found.number
     raise ValueError("no list of keys")
 
@@ -108,7 +108,7 @@ def compare_with_uproot(reader: Reader, start: int, end: int, keys: Collection[K
         for key in keys:
             found = _uproot_identity(uproot.reading.ReadOnlyKey(chunk, cursor, {}, None, None, read_strings=True))
             if found != _identity(key):
-                raise InvalidRootFile(f"uproot finds other objects: {printable(found[0])!r}")
+                raise InvalidRootFile(f"uproot finds other objects: {escape_undecodable(found[0])!r}")
     except (InvalidRootFile, MemoryError, OSError):  # the last two are of what is ours: bounded memory, and reading
         raise
     except Exception as error:  # whatever uproot stumbles over: ValueError, AssertionError, KeyError, ...

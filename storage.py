@@ -231,7 +231,7 @@ class Storage:
             return False
         except OSError:
             pass  # preserved earlier; or no hard links here, or the file has too many of them
-        if not file.leads(preserved, replaced):  # another file, if the first name has changed: its bytes may differ
+        if not file.has_path(preserved, replaced):  # another file, if the first name has changed: its bytes may differ
             self._copy(file, preserved, replaced)
         self._sync(replaced)
         return True
