@@ -1,7 +1,7 @@
-"""Shared by storage and receipts: folders held by descriptor, the lock, group commit, and the translation of OSErrors.
+"""The parts that storage and receipts share: folders held by descriptor, the lock, group commit, and the translation of OSErrors.
 
-Every name in the data folder is used relative to a descriptor of its folder, which was opened without following links. So an account
-that may write to the data folder cannot lead the receiver elsewhere by planting a link, and a swapped folder is noticed.
+Every name in the data folder is used relative to a descriptor of its folder, and links are not followed. So an account that may write
+to the data folder cannot lead the receiver elsewhere by planting a link, and the receiver notices a swapped folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StorageError(Exception):
 
 
 class StorageUnavailable(StorageError):
-    """The folder is gone, or it may not be written, or it cannot be trusted. An operator can mend it."""
+    """The folder is missing, cannot be written or cannot be trusted; an operator must repair it."""
 
 
 class InsufficientStorage(StorageError):
@@ -47,7 +47,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 class os_errors:
-    """Translate an OSError of the data folder into a StorageError."""
+    """A context manager that translates an OSError of the data folder into a StorageError."""
 
     def __enter__(self) -> None:
         pass
@@ -92,7 +92,7 @@ class Descriptor:
         return os.fstat(self.fd).st_nlink == 0
 
     def close(self) -> None:
-        """Close it now, for all that refer to it."""
+        """Close the descriptor now, for all its references."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -107,10 +107,10 @@ class Folder:
     def __init__(self, path: str, parent: Folder | None = None) -> None:
         self.path = path
         self.parent = parent
-        self._held: tuple[Descriptor, float] | None = None  # and when it was last compared with the path
+        self._held: tuple[Descriptor, float] | None = None  # and the time when it was last compared with its path
 
     def open(self, *, check: bool = False) -> Descriptor:
-        """Return the folder, compared with its path once a second, or now; raises StorageUnavailable if it was moved away."""
+        """Return the folder, compared with its path once a second or, with `check`, now; raises StorageUnavailable if it was moved away."""
         held, now = self._held, time.monotonic()
         if held and not check and now - held[1] < _CHECK_INTERVAL:
             return held[0]
@@ -126,7 +126,7 @@ class Folder:
         return folder
 
     def reopen(self) -> None:
-        """Open the folder anew after a fork: a failed fsync is reported only once to all who share an open file."""
+        """Open the folder again after a fork: the kernel reports a failed fsync once for each open file, and a fork shares it."""
         if self._held:
             self._held = open_folder(".", self._held[0]), self._held[1]
         if self.parent:
@@ -166,15 +166,15 @@ def open_folder(name: str, parent: Descriptor) -> Descriptor:
 
 
 def make_folder(name: str, parent: Descriptor) -> Descriptor:
-    """Open a folder in another one, durably; make it where it is missing."""
+    """Open a folder in another one; make it if it is missing, and make its name durable."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=parent.fd)
-    os.fsync(parent.fd)  # also where it exists: the process that has made it may not have synced it yet
+    os.fsync(parent.fd)  # also if it exists: the process that made it may not have synced it yet
     return open_folder(name, parent)
 
 
 def make_data_folder(path: Path) -> None:
-    """Make the data folder and its parents where they are missing, durably."""
+    """Make the data folder and its parents durably, if they are missing."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -186,13 +186,13 @@ def make_data_folder(path: Path) -> None:
 
 
 def list_names(folder: Descriptor) -> list[str]:
-    """Return the names in a folder, read through a descriptor of its own: the position in a folder is shared by all users of one."""
-    listing = open_folder(".", folder)
+    """Return the names in a folder."""
+    listing = open_folder(".", folder)  # a descriptor of its own: readers that share one share its position, too
     return os.listdir(listing.fd)
 
 
 def open_regular(name: str, flags: int, parent: Descriptor, mode: int = 0o666) -> Descriptor:
-    """Open a file in a folder; a link raises OSError ELOOP, another thing that is no regular file ENXIO."""
+    """Open a regular file in a folder; a link raises OSError ELOOP, anything else ENXIO."""
     # O_NONBLOCK: opening a FIFO must not wait for its other end.
     file = Descriptor(os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=parent.fd))
     if not stat.S_ISREG(file.status.st_mode):
@@ -201,7 +201,7 @@ def open_regular(name: str, flags: int, parent: Descriptor, mode: int = 0o666) -
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of the data; a disk that takes only some of it raises OSError at the next call."""
+    """Write all of the data, in as many calls as that takes: a full disk first takes a part, and then raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -211,7 +211,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 class FolderLock:
-    """`.lock`, held while names change. A process opens it after the fork, because an flock belongs to the open file."""
+    """The lock `.lock`, held while names change. Each process opens it after the fork: an flock belongs to the open file."""
 
     def __init__(self, data: Folder) -> None:
         self._data = data
@@ -225,7 +225,7 @@ class FolderLock:
 
     @contextlib.contextmanager
     def hold(self, seconds: float) -> Iterator[None]:
-        """Hold the lock; raises StorageUnavailable when it cannot be had in time."""
+        """Hold the lock; raises StorageUnavailable if it is not free in time."""
         end = time.monotonic() + seconds
         if not self._threads.acquire(timeout=seconds):
             raise _lock_is_busy(seconds)
@@ -257,7 +257,7 @@ class FolderLock:
                 fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if file.has_path(".lock", data):
                     return
-                self._file = None  # `.lock` was removed: this one excludes only processes that opened it earlier
+                self._file = None  # `.lock` was removed: this file excludes only processes that opened it earlier, too
             if time.monotonic() > end:
                 raise _lock_is_busy(seconds)
             time.sleep(pause)
@@ -269,13 +269,13 @@ def _lock_is_busy(seconds: float) -> StorageUnavailable:
 
 
 def check_flock(folder: Descriptor) -> None:
-    """Raise OSError if the file system has no locks; whether they reach other hosts cannot be seen from one."""
+    """Raise OSError if the file system has no locks. One host cannot see whether they reach the others."""
     name = f".{uuid.uuid4().hex}"
     try:
         file = open_regular(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
     except OSError as error:
         if error.errno in (errno.EROFS, *_NO_ROOM):
-            return  # files can be given back; uploads and health will say it
+            return  # start all the same, to serve the files; uploads and health report the error
         raise
     try:
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,7 +296,7 @@ class _Waiting(Generic[Item, Result]):
 
 
 class GroupCommit(Generic[Item, Result]):
-    """Commits all items that wait in one batch, in the thread of one of them (group commit, as databases do).
+    """Commits all items that wait in one batch, in the thread of one of them, as databases do (group commit).
 
     `commit` gets the items and returns, in their order, the result of each, or its exception.
     """
@@ -311,21 +311,19 @@ class GroupCommit(Generic[Item, Result]):
         mine = _Waiting[Item, Result](item)
         self._waiting.append(mine)
         with self._lock:
-            if not mine.done:  # the batch before was taken without it
+            if not mine.done:  # else it was in the batch of another thread
                 self._commit_all([self._waiting.popleft() for _ in range(len(self._waiting))])
         outcome = mine.outcome
         if isinstance(outcome, Exception):
             try:
                 raise outcome
             finally:
-                del (
-                    outcome,
-                    mine,
-                )  # they and this frame, which the exception holds, would wait for the garbage collector
+                # The exception refers to this frame. If the frame referred to it, too, only the garbage collector would free them.
+                del outcome, mine
         return outcome  # type: ignore[return-value]  # set when it is done
 
     def _commit_all(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
-        # Where this thread is interrupted (KeyboardInterrupt, a time-out of gevent), the others must not take it for success.
+        # If this thread is interrupted (KeyboardInterrupt, a time-out of gevent), no other thread may take that for success.
         outcomes: Sequence[Result | Exception] = [StorageUnavailable("The commit was interrupted")] * len(batch)
         try:
             outcomes = self._commit([waiting.item for waiting in batch])

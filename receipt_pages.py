@@ -1,6 +1,6 @@
 """Pages of receipts: the newest ones of a run or of the recent runs, narrowed by agent and outcome.
 
-A page is merged from the ends of all logs, so its cost depends on its size and not on how much has arrived.
+A page is merged from the ends of the logs, and at most 20,000 lines are read for it. So its cost does not grow with the logs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from durable import Descriptor, open_regular, os_errors
 from receipts import Receipt, ReceiptLog
 
 _MAX_LINE = 64 << 10  # bytes
-_MAX_SCANNED = 20_000  # lines that one request looks at
+_MAX_SCANNED = 20_000  # receipts that are read for one page
 _TAIL = 16 << 10  # bytes of a log that are read at once, from its end
 
 
@@ -47,9 +47,9 @@ def newest(receipts: ReceiptLog, run: int | None, query: Query) -> tuple[list[Re
 
 
 def _read_backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:
-    """Yield the receipts of a log that are older than `before`, from its end.
+    """Yield the receipts of a log that are older than `before`, newest first.
 
-    The log is opened for each read: a request may look at hundreds of them.
+    The log is opened for each read, because a page may be merged from hundreds of logs.
     """
     end, rest = -1, b""
     while end:
@@ -69,7 +69,7 @@ def _read_backwards(folder: Descriptor, name: str, before: str | None) -> Iterat
 
 
 def _end_of_older(log: Descriptor, before: str) -> int:
-    """Return a position soon after the receipts that are older than `before`, by binary search: the lines are in order."""
+    """Return a position soon after the receipts that are older than `before`, by binary search in the ordered lines."""
     low, high = 0, log.status.st_size
     while high - low > _TAIL:
         middle = (low + high) // 2

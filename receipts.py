@@ -1,7 +1,7 @@
 """The log of uploads: a receipt for each.
 
 A receipt is one JSON line of `.receipts/<run>/<writer>.jsonl`. Only one process appends to a log, so its lines are in order of time.
-Receipts that acknowledge an upload are fsynced before the answer, in groups; rejections promise nothing and are not fsynced.
+Receipts that acknowledge an upload are fsynced before the answer, in groups. Rejections promise nothing, so they are not fsynced.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Receipt:
     data_status: int
     sender: str  # the name of the token
     seconds: float  # from the request's head to the outcome
-    size: int = 0  # bytes; 0 where the body did not arrive whole
+    size: int = 0  # bytes; 0 if the body did not arrive whole
     sha256: str | None = None
     objects: int | None = None  # number of objects at the top level of the file
     reason: str | None = None  # of a rejection
@@ -104,7 +104,7 @@ class _Log:
     name: str
     folder: Descriptor  # of its run
     file: Descriptor
-    touched: float = 0.0
+    touched: float = 0.0  # monotonic time at which the run's folder was touched last
 
 
 class ReceiptLog:
@@ -126,7 +126,7 @@ class ReceiptLog:
         """Make the objects that a process must not share with its parent."""
         self._logs: OrderedDict[int, _Log] = OrderedDict()
         self._appends = GroupCommit(self._append_batch)
-        self._listing: tuple[float, list[int]] = -_LISTING_AGE, []  # when, and the runs, most recently active first
+        self._listing: tuple[float, list[int]] = -_LISTING_AGE, []  # its time, and the runs, most recently active first
         self._received_at = ""  # of the batch appended last
         self._count = 0  # of receipts, so that ids of one batch are in order
 
@@ -213,7 +213,7 @@ class ReceiptLog:
         return [run for _, run in sorted(active, reverse=True)]
 
     def etag(self, run: int | None) -> str:
-        """Return a string that changes whenever a receipt is added to a run, or to a recent one; raises RunNotFound."""
+        """Return a string that changes with each receipt of the run, or of the recent runs; raises RunNotFound."""
         digest = hashlib.sha256()
         with os_errors():
             for folder, name in self.logs_of(run):

@@ -12,7 +12,7 @@ How an upload becomes a file. The rename is the commit point, and nothing after 
 4. Record. The caller appends the receipt (receipts.py) and answers 200.
 
 So a visible name always holds a whole file that is on the disk, and a name never vanishes while its file is replaced. If a process dies
-before the rename, its upload is deleted by crash recovery; if it dies after the rename, the sender gets no answer and sends again.
+before the rename, crash recovery deletes its upload. If it dies after the rename, the sender gets no answer and sends again.
 
 A writer is one process. It locks `.incoming/<writer>/lock` while it lives, so recovery can tell the folders of dead writers.
 """
@@ -55,14 +55,14 @@ from uploads import LOCK_TIMEOUT, Incoming, Space, Upload
 MAX_RUN = 2**31 - 1
 LAST_TIME_STAMP = 253402297199  # 9999-12-31 23:59:59 in Zurich: names have four digits for the year
 
-_ZONE = "Europe/Zurich"  # of the times in names, whatever the host's zone
+_ZONE = "Europe/Zurich"  # of the times in names; the host's own zone does not matter
 _CHUNK = 1 << 20  # bytes read at once
 _MAX_TRIES = 10  # times that an upload goes through steps 2 and 3
 _HEALTH_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` when health is checked
 _HEALTH_AGE = 1.0  # seconds for which an answer about health is good
 _MAX_REJECTED_FILES = 1000
 
-_NOT_REGULAR = {errno.ELOOP, errno.ENXIO}  # open_regular
+_NOT_REGULAR = {errno.ELOOP, errno.ENXIO}  # errors of open_regular
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
 
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
@@ -152,7 +152,7 @@ class Storage:
     # --- step 1: receive -----------------------------------------------------------------------------------------------
 
     def new_upload(self, announced: int = 0) -> Upload:
-        """Begin an upload whose request announced so many bytes; raises InsufficientStorage or StorageUnavailable."""
+        """Begin an upload and reserve its announced bytes; raises InsufficientStorage or StorageUnavailable."""
         if self._failure:
             raise StorageUnavailable(self._failure)
         return self._incoming.new_upload(announced, self.max_file_size)
@@ -182,7 +182,7 @@ class Storage:
     def commit(self, upload: Upload, name: str) -> str:
         """Give an upload its name, durably, and return the outcome: "stored", "duplicate" or "replaced".
 
-        InsufficientStorage means that nothing visible has changed; StorageUnavailable, that the file may or may not have its name.
+        InsufficientStorage means that nothing visible has changed. StorageUnavailable means that the file may have its name.
         """
         upload.sync()
         for _ in range(_MAX_TRIES):
@@ -198,7 +198,7 @@ class Storage:
             return self._look(upload, name).outcome
 
     def _compare(self, upload: Upload, name: str) -> _Found | None:
-        """Step 2: make the file that has the name durable, or preserve it if its bytes differ; None means: look again."""
+        """Step 2: fsync the file that has the name, and preserve it if its bytes differ; None if it has lost the name."""
         found = self._look(upload, name)
         if found.file:
             os.fsync(found.file.fd)
@@ -207,6 +207,7 @@ class Storage:
         return found
 
     def _look(self, upload: Upload, name: str) -> _Found:
+        """Return the file that has the name, if there is one, and the outcome that follows from its bytes."""
         try:
             file = open_regular(name, os.O_RDONLY, self._data.open())
         except FileNotFoundError:
@@ -223,21 +224,21 @@ class Storage:
         return _Found(outcome, file, sha256.hexdigest())
 
     def _preserve(self, file: Descriptor, name: str, preserved: str) -> bool:
-        """Give a file a second, durable name in `.replaced/`; False means that its first name has gone meanwhile."""
+        """Give a file a second, durable name in `.replaced/`; False if it has lost its first name."""
         data, replaced = self._data.open(), self._replaced.open(check=True)
         try:
             os.link(name, preserved, src_dir_fd=data.fd, dst_dir_fd=replaced.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         except OSError:
-            pass  # preserved earlier; or no hard links here, or the file has too many of them
-        if not file.has_path(preserved, replaced):  # another file, if the first name has changed: its bytes may differ
+            pass  # preserved earlier, or no hard link is possible
+        if not file.has_path(preserved, replaced):  # no link, or one to a file that has just taken the first name
             self._copy(file, preserved, replaced)
         self._sync(replaced)
         return True
 
     def _copy(self, file: Descriptor, name: str, folder: Descriptor) -> None:
-        """Copy a file, durably, through `.incoming/`, so that its new name never holds a part of it."""
+        """Copy a file durably, through `.incoming/`, so that its new name never holds a partial file."""
         size = file.status.st_size
         with self._incoming.new_upload(size, size) as copy:
             position = 0
@@ -248,7 +249,7 @@ class Storage:
             copy.move(name, folder)
 
     def _commit_batch(self, batch: Sequence[_Pending]) -> list[bool | Exception]:
-        """Commit all uploads that wait; False means that the name is not as step 2 saw it."""
+        """Step 3: commit all uploads that wait. False stands for an upload whose name has changed since step 2."""
         if self._failure:
             raise StorageUnavailable(self._failure)
         with os_errors():
@@ -256,19 +257,20 @@ class Storage:
             with self._lock.hold(LOCK_TIMEOUT):
                 results = [self._take_name(pending, data) for pending in batch]
             self._sync(data)
-            self._data.open(check=True)  # a folder that was moved away meanwhile is not the one that Overwatch looks at
+            self._data.open(check=True)  # Overwatch does not see the files of a folder that was moved away
         return results
 
     def _sync(self, folder: Descriptor) -> None:
-        """Fsync a folder; if that fails, this process cannot promise anything any more."""
+        """Fsync a folder. If that fails, this process takes no more uploads."""
         try:
             os.fsync(folder.fd)
         except OSError as error:
-            # The kernel reports an error once and then forgets it, so the next fsync would promise too much.
+            # The kernel reports a write error once, so the next fsync could succeed without the data.
             self._failure = "The data folder cannot be used: its fsync failed, so this process must be restarted"
             raise StorageUnavailable(self._failure) from error
 
     def _take_name(self, pending: _Pending, data: Descriptor) -> bool | Exception:
+        """Rename one upload of a batch to its name; False if the name has changed since step 2."""
         try:
             try:
                 now = _identity(os.stat(pending.name, dir_fd=data.fd, follow_symlinks=False))
@@ -279,7 +281,7 @@ class Storage:
             if pending.found.outcome != "duplicate":
                 pending.upload.move(pending.name, data)  # the commit point
             return True
-        except OSError as error:  # of this upload alone
+        except OSError as error:  # it concerns this upload only
             return translate(error)
 
     def check_folder(self) -> None:
@@ -291,7 +293,7 @@ class Storage:
         return self._space.ask()
 
     def check_health(self) -> None:
-        """Raise StorageError where the folder cannot take an upload; the answer may be a second old."""
+        """Raise StorageError if the folder cannot take an upload; the answer may be a second old."""
         with self._health_lock:
             asked, error = self._health
             if time.monotonic() - asked >= _HEALTH_AGE:

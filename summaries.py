@@ -16,10 +16,10 @@ from receipts import Receipt, ReceiptLog, log_names
 OTHER_AGENTS = "(other)"  # no agent can have this name
 DATA_START, DATA_END = 1, 2  # dataStatus: this file starts, or ends, a set of data
 
-_MAX_AGENTS = 200  # of a run that have sums of their own
+_MAX_AGENTS = 200  # of a run that have a summary of their own
 _MAX_NAMES = 100_000  # file names that the summary of a run remembers
-_MAX_ALL_NAMES = 200_000  # that all summaries together remember
-_MAX_RUNS = 200  # whose summaries are remembered
+_MAX_ALL_NAMES = 200_000  # file names that all summaries together remember
+_MAX_RUNS = 200  # runs whose summaries are remembered
 _CHUNK = 1 << 20  # bytes of a log that are read at once
 
 
@@ -60,7 +60,7 @@ class AgentSummary:
     """The receipts of one agent in a run, added up; time stamps in Unix seconds."""
 
     files: int = 0  # distinct names
-    bytes: int = 0  # of the files that had a name
+    bytes: int = 0  # of the accepted files, without duplicates
     duplicates: int = 0
     rejected: int = 0
     reused: int = 0  # names that two different files have had
@@ -89,16 +89,16 @@ class AgentSummary:
 
 @dataclass
 class _Name:
-    """A file name: its last content, whether its first upload is recorded, and whether it has had different contents."""
+    """A file name: its last content, whether an upload that was no duplicate is recorded, and whether contents differed."""
 
     __slots__ = ("is_reused", "is_stored", "sha256")
     sha256: bytes  # its first 16 hexadecimal digits
-    is_stored: bool  # else only duplicates were recorded: the process died before the receipt of the first upload
+    is_stored: bool  # else only duplicates are recorded: the process died before the receipt of the first upload
     is_reused: bool
 
 
 class RunSummary:
-    """The receipts of one run, added up by agent, whatever the order in which its logs are read."""
+    """The receipts of one run, added up by agent. The logs are read one after the other, so not in order of time."""
 
     def __init__(self) -> None:
         self.agents: dict[str, AgentSummary] = {}
@@ -106,7 +106,7 @@ class RunSummary:
         self._positions: dict[str, tuple[int, int]] = {}  # by log: its inode, and the bytes of it that were read
 
     def update(self, folder: Descriptor) -> None:
-        """Read the lines that were added to the logs since the last time; if a log was taken away, read all logs anew."""
+        """Read the lines that were added to the logs since the last time, or all lines if a log was taken away."""
         logs = dict(_stat_logs(folder))
         for name, (inode, position) in self._positions.items():
             if name not in logs or logs[name].st_ino != inode or logs[name].st_size < position:
@@ -118,7 +118,7 @@ class RunSummary:
                 self._positions[name] = status.st_ino, self._read(name, folder, position)
 
     def _read(self, name: str, folder: Descriptor, position: int) -> int:
-        """Add the receipts of a log from a position on, and return the position behind the last whole line."""
+        """Add the receipts of a log from a position on, and return the position after the last whole line."""
         with contextlib.suppress(FileNotFoundError):  # archived just now
             log = open_regular(name, os.O_RDONLY, folder)
             while chunk := os.pread(log.fd, _CHUNK, position):

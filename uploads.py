@@ -34,8 +34,7 @@ _RECOVERY_INTERVAL = 600.0  # seconds
 _RECOVERY_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` in crash recovery, which can be done later
 _SPACE_AGE = 1.0  # seconds for which an answer of statvfs is good
 
-
-_ids = itertools.count()
+_ids = itertools.count()  # names of uploads, unique in a process
 
 
 class FileTooLarge(StorageError):
@@ -61,7 +60,7 @@ class Upload:
         self._is_incoming = True
         self.size = 0
         self._claim(announced)
-        self._id = str(next(_ids))  # unique in the writer's folder
+        self._id = str(next(_ids))
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self.fd = os.open(self._id, flags, 0o666, dir_fd=writer.folder.fd)
@@ -105,7 +104,7 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Only the name in `.incoming/` is deleted: whatever has happened, no visible file is touched.
+        # Only the name in `.incoming/` is deleted, so a failure never costs a visible file.
         with contextlib.suppress(OSError):
             if self._is_incoming:
                 os.unlink(self._id, dir_fd=self._writer.folder.fd)
@@ -122,7 +121,7 @@ class Writer(NamedTuple):
 
 
 class Space:
-    """The room on the disk: statvfs is asked once a second, and what uploads announced and have not yet written counts as used."""
+    """The free space on the disk, asked for once a second. Bytes that uploads have announced and not yet written count as used."""
 
     def __init__(self, data: Folder, to_leave: int) -> None:
         self._data, self._to_leave = data, to_leave
@@ -131,7 +130,7 @@ class Space:
         self._free = self._claimed = 0
 
     def claim(self, size: int) -> None:
-        """Reserve room; raises InsufficientStorage if less than the reserve would stay free."""
+        """Reserve space; raises InsufficientStorage if less than the configured minimum would stay free."""
         with self._lock:
             if self._to_leave and time.monotonic() - self._asked >= _SPACE_AGE:
                 self._free, self._asked = self.ask(), time.monotonic()
@@ -142,7 +141,7 @@ class Space:
             self._claimed += size
 
     def settle(self, *, written: int = 0, unused: int = 0) -> None:
-        """Release reserved room that has been written or is not needed."""
+        """Release reserved space that has been written or is not needed."""
         with self._lock:
             self._claimed -= written + unused
             self._free -= written
@@ -155,7 +154,7 @@ class Space:
 
 
 class Incoming:
-    """The folder `.incoming/` with the uploads of all writers. A writer is one process; its folder is made at its first upload."""
+    """The folder `.incoming/` with the uploads of all writers. A writer is one process, whose folder is made at its first upload."""
 
     def __init__(self, data: Folder, lock: FolderLock, space: Space) -> None:
         self.folder = Folder(".incoming", data)
@@ -164,7 +163,7 @@ class Incoming:
         self._recovered = -_RECOVERY_INTERVAL  # so the first upload of a process does recovery
 
     def new_upload(self, announced: int, max_size: int) -> Upload:
-        """Begin an upload that announced so many bytes and may have at most `max_size`; raises StorageError."""
+        """Begin an upload of at most `max_size` bytes and reserve the announced ones; raises StorageError."""
         if time.monotonic() - self._recovered >= _RECOVERY_INTERVAL:
             self.recover()
         with os_errors():
@@ -176,12 +175,12 @@ class Incoming:
                 return Upload(self._get_writer(), self._space, max_size, announced)
 
     def _get_writer(self) -> Writer:
-        """Return this process's writer; it is made under `.lock`, so that recovery never meets one that is half made."""
+        """Return this process's writer, which is made under `.lock` so that recovery never meets a half-made one."""
         if writer := self._writer:
             return writer
         incoming = self.folder.open(check=True)
         with self._lock.hold(LOCK_TIMEOUT):
-            if self._writer is None:  # else another thread has made it meanwhile
+            if self._writer is None:  # else another thread was quicker
                 self._writer = _make_writer(incoming)
             return self._writer
 
@@ -220,7 +219,7 @@ def _dead_writer(name: str, incoming: Descriptor) -> Writer | None:
     """Return the writer if its process is dead, with its lock taken; else None."""
     try:
         folder = open_folder(name, incoming)
-    except (FileNotFoundError, NotADirectoryError):  # deleted by another process just now, or not a writer's
+    except (FileNotFoundError, NotADirectoryError):  # another process has just deleted it, or it is not a writer's
         return None
     try:
         lock = open_regular("lock", os.O_RDWR, folder)
