@@ -26,7 +26,7 @@ _digests: OrderedDict[tuple[int, ...], bytes] = OrderedDict()  # by device, inod
 
 
 def send_file(request: Request, file: BufferedReader, name: str) -> Response:
-    """Answer with a file, honouring conditions, Range and Want-Repr-Digest; the response closes the file.
+    """Return the response with a file; it honours conditions, Range and Want-Repr-Digest, and closes the file.
 
     Werkzeug's own send_file (3.1) answers 416 to two ranges and to the last 500 bytes of a shorter file, 412 to `If-Match: *`, 206 in
     place of 304, and does not know If-Unmodified-Since.
@@ -64,7 +64,7 @@ def _set_body(request: Request, response: Response, file: BufferedReader, size: 
         file.close()
         response.response = []
     elif length == size or request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
-        # The server may have the kernel copy the file. gunicorn copies the range; others (uWSGI) copy the file from its start.
+        # The server may let the kernel copy the file. For a range only gunicorn can: uWSGI copies from the file's start.
         file.seek(start)
         response.response = wrap_file(request.environ, file, _CHUNK)
     else:

@@ -62,7 +62,7 @@ __version__ = "0.2.0"
 logger = logging.getLogger("dqm_receiver")
 
 _CHUNK = 1 << 18  # bytes read at once
-_REFUSED_BYTES, _REFUSED_SECONDS = 1 << 20, 5.0  # read of a refused body whose sender has no valid token
+_REFUSED_BYTES, _REFUSED_SECONDS = 1 << 20, 5.0  # limits on reading a refused body if the token is not valid
 _RATE_TIME = 60.0  # seconds over which a refused body must keep its minimum rate
 _MAX_RECEIVED = 1 << 20  # bytes of JSON that describe the objects of a file
 
@@ -98,7 +98,7 @@ class Route:
 
 
 class FairSlots:
-    """Limits the validations that run at once; waiting senders take turns (round robin), whatever the number of their uploads."""
+    """Limits the validations that run at once. Senders that wait take turns (round robin), however many uploads each has."""
 
     def __init__(self, number: int) -> None:
         self._free = number
@@ -107,6 +107,7 @@ class FairSlots:
 
     @contextlib.contextmanager
     def take(self, sender: str) -> Iterator[None]:
+        """Wait for a slot, hold it, and pass it on."""
         turn = threading.Event()
         with self._lock:
             if self._free:
@@ -123,14 +124,14 @@ class FairSlots:
     def _pass_on(self, last: str) -> None:
         with self._lock:
             if last in self._waiting:
-                self._waiting.move_to_end(last)  # the others first
+                self._waiting.move_to_end(last)  # it has had its turn, so the others come first
             if not self._waiting:
                 self._free += 1
                 return
             sender, turns = self._waiting.popitem(last=False)
             turns.popleft().set()
             if turns:
-                self._waiting[sender] = turns  # behind the others
+                self._waiting[sender] = turns  # at the end of the queue
 
 
 class Receiver:
@@ -153,7 +154,7 @@ class Receiver:
         self.summaries = Summaries(self.receipts)
         self.metrics = Metrics(str(self.storage.folder))
         cores = len(os.sched_getaffinity(0))
-        # The processes of a server with several (gunicorn.conf.py: four at the most) share the cores.
+        # By `wsgi.multiprocess`: the processes of a server that has several share the cores (gunicorn.conf.py: at most four).
         self.validation_slots = {False: FairSlots(cores), True: FairSlots(max(1, cores // 4))}
         paged = frozenset({"limit", "before"})
         of_receipts = paged | {"amoreAgent", "outcome"}
@@ -217,8 +218,8 @@ class Receiver:
         if request.method not in ("GET", "HEAD") and request.path != "/" and not request.token.may_send:
             raise RequestRefused(f"The token {request.token.name} may only read", "forbidden", status=403)
 
-    # An exception holds the frames that it has passed. A variable for it in one of them would keep them, with the request and
-    # its buffers, until the garbage collector comes. So methods that an exception does not pass deal with it.
+    # An exception refers to the frames that it has passed. If one of them refers to the exception, only the garbage collector
+    # frees them, with the request and its buffers. So an exception is handled in methods that it does not pass.
 
     def refuse(self, request: ReceiverRequest, refusal: RequestRefused) -> Response:
         """Count a refusal, write its line to the log, and return the answer."""
@@ -344,7 +345,7 @@ class Receiver:
     def validate(
         self, request: ReceiverRequest, upload: Upload, headers: UploadHeaders
     ) -> tuple[dict[str, rootcheck.RootObject], float]:
-        """Return the objects in an upload and the seconds that it took; raises FileRejected."""
+        """Return the objects in an upload and the seconds of its validation; raises FileRejected or ClientGone."""
         if headers.sha256 is not None and headers.sha256 != upload.sha256:
             message = f"The header sha256 differs from that of the {upload.size} bytes received, {upload.sha256}"
             raise FileRejected(message, "sha256", upload)
@@ -496,7 +497,7 @@ class Receiver:
         return conditional(request, response)
 
     def not_implemented(self, request: ReceiverRequest) -> Response:
-        """/: senders use this to try their token."""
+        """/, with any method: refuse. Senders try their token here."""
         raise RequestRefused("Not implemented", "request")
 
 
@@ -554,7 +555,7 @@ def json_response(content: Mapping[str, object], status: int = 200, *, etag: str
 
 
 def not_modified(request: ReceiverRequest, etag: str) -> Response | None:
-    """Return a 304 if the client has the version with this ETag; else None, and the caller makes the content."""
+    """Return a 304 if the client has the version with this ETag, else None: then the caller makes the content."""
     response = Response(mimetype="application/json")
     response.set_etag(etag)
     return response if conditional(request, response).status_code == 304 else None
@@ -588,7 +589,7 @@ def error_response(refusal: RequestRefused) -> Response:
 
 
 def log(event: str, **facts: object) -> None:
-    """Write a line of key=value to the log; JSON escapes control characters and all that is not ASCII."""
+    """Write a line of key=value to the log; JSON escapes control characters and everything but ASCII."""
     logger.info(
         "%s %s", event, " ".join(f"{key}={json.dumps(fact)}" for key, fact in facts.items() if fact is not None)
     )
@@ -601,11 +602,11 @@ def installed_path(name: str) -> Path:
 
 
 def create_app(environ: Mapping[str, str] = os.environ) -> Receiver:
-    """Return the WSGI application for these settings; raises ConfigurationError, naming the one that is wrong."""
+    """Return the WSGI application for these settings; raises ConfigurationError, which names the wrong setting."""
     settings = Settings.read(environ)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():  # no logging is set up where it is mounted: to standard error
+    if not logger.hasHandlers():  # the server has set up no logging, so the lines go to standard error
         logger.addHandler(logging.StreamHandler())
     receiver = Receiver(settings)
     log(

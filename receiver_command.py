@@ -16,7 +16,7 @@ from receiver_settings import PREFIX, TOKEN_NAME, ConfigurationError, Settings, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exits 1 where something is wrong."""
+    """Run the command; exits with 1 if something is wrong."""
     parser = argparse.ArgumentParser(
         prog="dqm-receiver",
         description="The DQM receiver's tools. The receiver itself runs under gunicorn or in Overwatch's server.",
@@ -63,7 +63,7 @@ def check_config() -> int | str:
     try:
         settings = Settings.read(os.environ)
         if os.geteuid() == 0 and settings.data_folder.exists() and (owner := settings.data_folder.stat().st_uid):
-            # Else root would own the hidden folders that are made, and the receiver could not use them.
+            # Root would make hidden folders that belong to root, and the receiver could not use them.
             return f"wrong: {settings.data_folder} belongs to user {owner}: run this as that user, not as root"
         app = receiver.Receiver(settings)
         free = app.storage.free_space()

@@ -1,7 +1,7 @@
 """Metrics for Prometheus, counted where things happen.
 
-With PROMETHEUS_MULTIPROC_DIR in the environment before prometheus_client is imported (gunicorn.conf.py), the workers of a host share
-their figures through memory-mapped files in that folder. Several receivers of one process share them, too: the label `folder` tells
+If PROMETHEUS_MULTIPROC_DIR is in the environment before prometheus_client is imported (gunicorn.conf.py), the workers of a host share
+their figures through memory-mapped files in that folder. Several receivers of one process share these, too. The label `folder` tells
 them apart.
 """
 
@@ -24,7 +24,7 @@ REASON_CLASSES = (
 )  # fmt: skip
 OTHER = "other"
 
-_MAX_AGENTS = 200  # with series of their own: a sender can invent agents
+_MAX_AGENTS = 200  # that have series of their own, because a sender can invent agents
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _NAME = "dqm_receiver_"
 
@@ -90,7 +90,7 @@ class Metrics:
             yield
 
     def render(self, free_bytes: float) -> bytes:
-        """Return all metrics as text; the cost does not depend on how much has arrived."""
+        """Return all metrics as text. The cost does not grow with the number of uploads."""
         self._child(_free).set(free_bytes)
         for reason_class in REASON_CLASSES:  # Prometheus computes rates only for series that exist
             self._child(_rejections, reason_class)

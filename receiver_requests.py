@@ -1,4 +1,4 @@
-"""Requests: their headers, body and form, and the refusal of those that are wrong."""
+"""Requests: their headers, body and form, and the exceptions that refuse a request."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ NO_FILE = "No file uploaded and the payload was empty"
 
 _FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
 _MAX_FORM_PARTS = 16
-_MAX_PADDING = 100  # blanks behind a boundary (RFC 2046, 5.1.1, "transport-padding")
+_MAX_PADDING = 100  # blanks after a boundary (RFC 2046, 5.1.1, "transport-padding")
 _QUOTES = "a boundary with = or / must stand in quotes"
-_MAX_LIMIT = 1000  # entries of a list that is asked for in parts
+_MAX_LIMIT = 1000  # entries on one page of a list
 _MIN_RATE = 1024  # bytes a second that a refused body must keep
 
 
@@ -97,7 +97,7 @@ class ReceiverRequest(Request):
 
     @property
     def page(self) -> tuple[int | None, str | None]:
-        """The query parameters `limit` and `before` of a list that is asked for in parts."""
+        """The query parameters `limit` and `before`, which ask for a page of a list."""
         limit, before = self.parameter("limit"), self.parameter("before")
         if before is not None and limit is None and "receipts" not in self.path:
             raise RequestRefused("The query parameter before needs limit", "query")
@@ -115,7 +115,7 @@ class ReceiverRequest(Request):
         return self.mimetype == "multipart/form-data"
 
     def parameter(self, name: str) -> str | None:
-        """Return a parameter of the query; one that is there twice is refused."""
+        """Return a parameter of the query, or None; raises RequestRefused if it came twice."""
         values = self.args.getlist(name)
         if len(values) > 1:
             raise RequestRefused(f"The query has more than one {name}", "query")
@@ -123,7 +123,7 @@ class ReceiverRequest(Request):
 
 
 class Body:
-    """A request body, counted while it is read; a failure to read it is the sender's."""
+    """A request body, counted while it is read. An error while it is read means that the sender must send it again."""
 
     def __init__(self, environ: WSGIEnvironment, length: int) -> None:
         self._stream = get_input_stream(environ)
@@ -133,7 +133,8 @@ class Body:
     def read(self, size: int) -> bytes:
         try:
             piece = self._stream.read(size)
-        except Exception as error:  # each server has its own for a connection that ends or stalls, or a malformed chunk
+        except Exception as error:
+            # Each server has exceptions of its own for a connection that ends or stalls, and for malformed chunks.
             slow = f": {error}" if isinstance(error, TimeoutError) else ""
             message = f"The body ended before it was complete, or was malformed{slow}"
             raise RequestRefused(message, "truncated") from error
@@ -143,7 +144,7 @@ class Body:
         return piece
 
     def discard(self, limit: int, seconds: float) -> None:
-        """Read on for a bounded time: many clients look for an answer only after they have sent everything."""
+        """Read on for a bounded time, because many clients read the answer only after they have sent everything."""
         began = time.monotonic()
         try:
             while limit > 0 and (piece := self._stream.read(min(limit, 1 << 16))):
@@ -163,7 +164,7 @@ class UploadHeaders(NamedTuple):
     agent: str
     data_status: int
     sha256: str | None
-    file_name: str  # empty where run, time stamp or agent is missing
+    file_name: str  # empty if run, time stamp or agent is missing
 
     @classmethod
     def read(cls, headers: Headers, *, required: bool) -> UploadHeaders:
@@ -188,7 +189,7 @@ class UploadHeaders(NamedTuple):
 
 def _header(headers: Headers, name: str) -> str | None:
     value = headers.get(name)
-    # uWSGI leaves tabs around a value, which are not part of it (RFC 9110, 5.5).
+    # uWSGI leaves tabs around a value, though they are not part of it (RFC 9110, 5.5).
     return None if value is None else value.strip("\t")
 
 
@@ -251,7 +252,7 @@ def receive_form(request: ReceiverRequest, upload: Upload) -> None:
 
 
 def form_events(request: ReceiverRequest) -> Iterator[Event]:
-    """Yield the events of Werkzeug's parser for a form's body; raises RequestRefused in our words where it is malformed."""
+    """Yield the events of Werkzeug's parser for the body of a form; raises RequestRefused if the form is malformed."""
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary or not boundary.isascii():
         raise malformed(f"its Content-Type has no boundary, or one that is not ASCII; {_QUOTES}")
@@ -261,7 +262,7 @@ def form_events(request: ReceiverRequest) -> Iterator[Event]:
         while not isinstance(event := decoder.next_event(), Epilogue):
             if isinstance(event, NeedData):
                 decoder.receive_data(request.body.read(_FORM_CHUNK) or None)
-                # Where a piece ends inside the line of a delimiter, Werkzeug (3.1.9) adds the CR before it to the file.
+                # If a chunk ends inside a delimiter line, Werkzeug (3.1.9) adds the CR before that line to the file.
                 while ends_in_delimiter(decoder.buffer, delimiter) and not decoder.complete:
                     decoder.receive_data(request.body.read(len(delimiter)) or None)
             else:
@@ -283,7 +284,7 @@ def form_events(request: ReceiverRequest) -> Iterator[Event]:
 
 
 def ends_in_delimiter(buffer: bytearray, delimiter: bytes) -> bool:
-    """Return whether the line of a delimiter has begun at the end of a buffer, and not ended."""
+    """Return whether a buffer ends inside a delimiter line."""
     tail = bytes(buffer[-len(delimiter) - _MAX_PADDING :]).rstrip(b" \t\v\f")
     return tail.endswith((delimiter, delimiter + b"-"))
 

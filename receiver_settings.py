@@ -25,13 +25,13 @@ _VARIABLES = (
 )  # fmt: skip
 _SECTIONS = ("tokens", "readers", "agents")
 
-# Kubernetes sets such variables in the containers beside a service that is named dqm-receiver; values as tcp://10.0.0.1:8080.
+# Kubernetes sets these variables for a service that is named dqm-receiver, some of them to values such as tcp://10.0.0.1:8080.
 _KUBERNETES = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?")
 _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 class ConfigurationError(RuntimeError):
-    """A setting is missing or wrong; the text names it. (gunicorn prints a RuntimeError as one line and ends.)"""
+    """A setting is missing or wrong; the text names it. It is a RuntimeError, because gunicorn prints those as one line and ends."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Settings:
         )
 
     def find_token(self, token: str) -> Token | None:
-        """Return the token of this value; all known digests are compared, each in constant time."""
-        digest = digest_of(token.encode("latin-1"))  # WSGI hands on the bytes of a header as latin-1
+        """Return the token with this value, or None. All known digests are compared, each in constant time."""
+        digest = digest_of(token.encode("latin-1"))  # WSGI decodes the bytes of a header as latin-1
         found = [known for known in self.tokens for one in known.digests if hmac.compare_digest(one, digest)]
         return found[0] if found else None
 
@@ -121,7 +121,7 @@ def _read_agents(where: str, text: str) -> tuple[str, ...]:
 def _read_tokens(token: str | None, path: str | None) -> tuple[Token, ...]:
     tokens = []
     if token:
-        if token != token.strip() or "," in token or not token.isprintable():  # no header can carry that unchanged
+        if token != token.strip() or "," in token or not token.isprintable():  # no header carries these unchanged
             raise ConfigurationError(
                 f"{PREFIX}TOKEN has a comma, a control character, or a blank at its beginning or end"
             )
@@ -180,7 +180,7 @@ def _read_token_file(where: str, text: str) -> list[Token]:
 
 
 def _parse(where: str, text: str) -> list[_Line]:
-    """Return the lines of an INI file; configparser cannot name the number of a wrong line."""
+    """Return the lines of an INI file. Not configparser: it could not name the number of a wrong line."""
     section, lines = "", list[_Line]()
     for number, line in enumerate(text.splitlines(), 1):
         here, line = f"{where}, line {number}", line.strip()
