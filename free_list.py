@@ -1,6 +1,6 @@
-"""The list of free segments: the gaps between records, and the room behind the last one.
+"""The list of free segments: the gaps between records, and the room after the last one.
 
-ROOT gives the first bytes of a gap a negative record length, too; uproot leaves in it what was there.
+ROOT also writes a negative record length into the first bytes of a gap. uproot leaves the old bytes there.
 
 The format: TFree.cxx of ROOT; tools/wroot/free_seg of Geant4.
 """
@@ -16,7 +16,7 @@ _SEGMENT = struct.Struct(">hii")  # fVersion, fFirst, fLast
 _SEGMENT_64 = struct.Struct(">hqq")  # where fVersion is above 1000
 SMALLEST_SEGMENT = _SEGMENT.size
 SEGMENT_VERSIONS = (1, 1001)
-_LEAST_ROOM = 2_000_000_000  # the room behind the file ends here (kStartBigFile),
+_LEAST_ROOM = 2_000_000_000  # the room after the file ends here (kStartBigFile),
 _ROOM_STEP = 1_000_000_000  # or one or more such steps later (TFree::GetBestFree)
 
 
@@ -32,7 +32,7 @@ class _Segment(NamedTuple):
 
 
 def _read_segment(reader: Reader, start: int, end: int) -> _Segment | None:
-    """Return the entry at byte `start`, or None where the list ends before the entry does."""
+    """Return the entry at byte `start`, or None if the list ends before the entry does."""
     length = min(_SEGMENT_64.size, end - start)
     if length < _SEGMENT.size:
         return None
@@ -45,9 +45,9 @@ def _read_segment(reader: Reader, start: int, end: int) -> _Segment | None:
 
 
 def read_segments(reader: Reader, start: int, end: int, count: int, records: range) -> tuple[dict[int, int], int]:
-    """Return the gaps, from their first byte to the byte behind them, and where the list ends.
+    """Return the gaps, from their first byte to the byte after them, and where the list ends.
 
-    A count of 0, which Geant4 writes, means: to the room behind the file.
+    If the count is 0, as Geant4 writes it, the list ends with the room after the file.
     """
     gaps: dict[int, int] = {}
     at, number, before = start, 0, records.start
@@ -70,8 +70,8 @@ def read_segments(reader: Reader, start: int, end: int, count: int, records: ran
 
 
 def _check_room(segment: _Segment, records: range) -> None:
-    # Older releases of Geant4 leave the first byte where it was before anything was written. ROOT's writer of files with
-    # nothing but an RNTuple forgets, beyond 2 GB, that its last key has become 8 bytes longer.
+    # Older releases of Geant4 write the first byte of the room as it was in the empty file. ROOT's writer of files that hold
+    # only an RNTuple forgets, beyond 2 GB, that its last key has become 8 bytes longer.
     firsts = [records.stop, records.start]
     if segment.size == _SEGMENT_64.size:
         firsts.append(records.stop - 8)
@@ -81,9 +81,9 @@ def _check_room(segment: _Segment, records: range) -> None:
 
 
 def skip_old_segments(reader: Reader, start: int, end: int) -> int:
-    """Return where the rest of an older, longer list ends, or `start` where there is none.
+    """Return where the rest of an older, longer list ends, or `start` if there is none.
 
-    uproot leaves it where the list becomes shorter; its last segment is the room behind a file that ended elsewhere.
+    uproot leaves it when the list becomes shorter. Its last segment is the room after a file that ended elsewhere.
     """
     at, before = start, 0
     while (segment := _read_segment(reader, at, end)) and segment.version in SEGMENT_VERSIONS:

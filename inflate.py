@@ -1,8 +1,8 @@
 """Compressed payloads of ROOT files, inflated block by block within bounds.
 
-A compressed payload is a sequence of blocks. Each begins with 9 bytes: two letters, a method, and two lengths of three bytes,
-little-endian: of the block as stored, and inflated. A block inflates to at most 16 MiB, so memory is bounded by one block; a
-`Budget` bounds the bytes, the blocks and the processor time of a whole file.
+A compressed payload is a sequence of blocks. Each begins with a header of 9 bytes: two letters, a method, and the lengths of the
+block as stored and inflated, each in three bytes, little-endian. A block inflates to at most 16 MiB, so memory is bounded by one
+block. A `Budget` bounds the bytes, the blocks and the processor time of a whole file.
 
 The format: RZip.cxx, ZipLZMA.c, ZipLZ4.cxx and ZipZSTD.cxx of ROOT.
 """
@@ -19,41 +19,41 @@ import cramjam
 import deflate
 import xxhash
 
-# Limits on what a file may ask of us; no honest file comes near them.
+# Limits on the cost of one file. No honest file comes near them.
 MAX_OBJECT_SIZE = 1 << 30  # bytes, inflated
 MAX_INFLATED = 2 << 30  # bytes, of the whole file; or MAX_INFLATION times its size, if that is more
 MAX_INFLATION = 32
-MAX_INFLATED_SLOWLY = 512 << 20  # bytes; like MAX_INFLATED, for what inflates several times slower than the rest
+MAX_INFLATED_SLOWLY = 512 << 20  # bytes; like MAX_INFLATED, for the codecs that are several times slower (XZ, CS)
 MAX_BLOCKS = 20_000  # per file beyond the first of each object; writers fill 16 MiB before starting another
 MAX_XZ_MEMORY = 256 << 20  # bytes
-# Processor time: that of the dearest honest files, of empty histograms, is about half of this in XZ, and less in others.
+# Processor time. The dearest honest files, empty histograms in XZ, need about half of it; those in other codecs need less.
 MAX_SECONDS = 30.0
 MIN_SECONDS = 1.0
-BYTES_PER_SECOND = 1_000_000  # of the file, each second adds one
-INFLATED_PER_SECOND = 400_000_000  # bytes, likewise
+BYTES_PER_SECOND = 1_000_000  # of the file; so many bytes add a second to the budget
+INFLATED_PER_SECOND = 400_000_000  # inflated bytes; so many add a second, too
 
-_INFLATE_CHUNK = 1 << 16  # bytes inflated at once where that can be chosen
-_XZ_END = 64  # bytes in which the end of a block, its CRC, an index of one block and the end of the stream fit
+_INFLATE_CHUNK = 1 << 16  # bytes inflated at once, by codecs that allow it
+_XZ_END = 64  # bytes: room for the end of a block, its CRC, an index of one block and the stream's footer
 _CHECKSUM = struct.Struct(">I")  # Adler-32, with which a zlib stream ends
 
-_BLOCK_HEADER = struct.Struct("<3sHBHB")  # the third of the three bytes of a length is read apart
+_BLOCK_HEADER = struct.Struct("<3sHBHB")  # the upper byte of each length is a field of its own
 CHECKSUMMED = (b"ZL", b"XZ", b"L4")  # letters of the blocks in which damage shows
 
 Block = bytes | bytearray
 
 
 class InflateError(Exception):
-    """A payload does not inflate to what it claims, or a file asks for too much; the text says why."""
+    """A payload does not inflate to the size in its key, or the file exceeds a limit; the text says why."""
 
 
 class Budget:
-    """What checking one file may cost, counted down while it is checked."""
+    """The bytes, blocks and processor time that the check of one file may still cost."""
 
     def __init__(self, file_size: int) -> None:
         self._inflated_left = max(MAX_INFLATED, MAX_INFLATION * file_size)
         self._slow_left = max(MAX_INFLATED_SLOWLY, MAX_INFLATION * file_size)
         self._blocks_left = MAX_BLOCKS
-        # Of this thread's processor time: a valid file on a slow disk or beside many others has all the time it needs.
+        # Processor time of this thread, so that a valid file on a slow disk or beside many others is not refused.
         self._start = time.thread_time()
         self._seconds = MIN_SECONDS + file_size / BYTES_PER_SECOND
 
@@ -71,7 +71,7 @@ class Budget:
             raise InflateError(f"an object of {size} bytes is more than is allowed")
 
     def add_block(self, letters: bytes, size: int, is_first: bool) -> None:
-        """Count a block that has been inflated: it may have taken its share of the time."""
+        """Count a block that has been inflated, and add its share to the time that is allowed."""
         self._seconds += size / INFLATED_PER_SECOND
         if letters in (b"XZ", b"CS"):
             self._slow_left -= size
@@ -89,9 +89,9 @@ class Budget:
 
 
 def inflate_single_zlib_block(data: bytes, start: int, compressed_size: int, size: int) -> Block | None:
-    """Return what a payload inflates to if it is one good zlib block, wholly in `data`: nearly all are."""
+    """Fast path: inflate a payload of exactly one good zlib block, all of it in `data`. None means: take the general path."""
     end = start + compressed_size
-    # Asked for nothing, libdeflate does not look at the stream.
+    # For a size of 0, libdeflate does not look at the stream.
     if end > len(data) or compressed_size < _BLOCK_HEADER.size or not size:
         return None
     kind, stored_size, high, block_size, higher = _BLOCK_HEADER.unpack_from(data, start)
@@ -108,10 +108,10 @@ def inflate_single_zlib_block(data: bytes, start: int, compressed_size: int, siz
 def inflate_blocks(
     read: Callable[[int, int], tuple[bytes, int]], start: int, compressed_size: int, size: int, budget: Budget
 ) -> Iterator[Block]:
-    """Yield the inflated blocks of the payload at byte `start` of a file, which must tile it and sum to `size`.
+    """Yield the inflated blocks of the payload at byte `start` of a file. They must tile the payload and sum to `size`.
 
-    Of an XZ block only the first 64 KiB are yielded; its checksum has been verified. `read` returns bytes of the file and
-    where the first is. Memory stays at one block if the caller lets go of each.
+    Only the first 64 KiB of an XZ block are yielded; its checksum has been verified. `read` is `Reader.read`. Memory stays at
+    one block if the caller lets go of each.
     """
     position, end, left = start, start + compressed_size, size
     while position < end:
@@ -134,7 +134,7 @@ def inflate_blocks(
         at += _BLOCK_HEADER.size
         position += _BLOCK_HEADER.size
         if at + stored_size > len(data):
-            del data  # up to 16 MiB, before as much is read
+            del data  # up to 16 MiB; the next read takes as much
             data, at = read(position, stored_size)
         yield _inflate_block(kind, memoryview(data)[at : at + stored_size], block_size, position, budget)
         budget.add_block(kind[:2], block_size, is_first=left == size)
@@ -159,7 +159,7 @@ def _require_size(block: Block, inflated: int, size: int) -> Block:
 
 def _inflate_zlib(stored: memoryview, size: int, budget: Budget | None = None) -> Block:
     inflated: bytearray = deflate.zlib_decompress(stored, size)  # libdeflate never writes more than `size` bytes
-    # libdeflate ignores what follows the stream; where nothing does, the stream's checksum ends the block.
+    # libdeflate ignores bytes after the stream. If there are none, the block ends with the stream's checksum.
     (checksum,) = _CHECKSUM.unpack_from(stored, -_CHECKSUM.size)
     if deflate.adler32(inflated) != checksum:
         raise InflateError("bytes behind the end of its zlib stream")
@@ -169,7 +169,7 @@ def _inflate_zlib(stored: memoryview, size: int, budget: Budget | None = None) -
 
 
 def _check_xz_structure(stored: memoryview) -> None:
-    """Raise LZMAError unless XZ has one block, with one filter and a CRC, as all writers make it.
+    """Raise LZMAError unless an XZ stream has one block, with one filter and a CRC, as all writers of ROOT files make it.
 
     A million empty blocks, more filters or SHA-256 would take many times as long. The format:
     https://tukaani.org/xz/xz-file-format.txt, sections 2.1.1 and 3.1; lzma2_decoder.c of XZ Utils for the chunks.
@@ -190,7 +190,7 @@ def _check_xz_structure(stored: memoryview) -> None:
 
 
 def _inflate_xz(stored: memoryview, size: int, budget: Budget) -> Block:
-    """Return the first piece; to collect them all would take a tenth of the time of the dearest files."""
+    """Return the first 64 KiB only: collecting all of them would take a tenth of the time of the dearest files."""
     _check_xz_structure(stored)
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
     first = piece = decoder.decompress(stored, max_length=_INFLATE_CHUNK)
@@ -230,7 +230,7 @@ def _inflate_zstd(stored: memoryview, size: int, budget: Budget) -> Block:
     return _require_size(inflated, cramjam.zstd.decompress_into(stored, inflated), size)
 
 
-# Letters and method byte of a block, and what inflates it: at most to the size asked for, or it raises.
+# Letters and method byte of a block, and its inflater, which returns no more than the size asked for, or raises.
 _INFLATERS: dict[bytes, Callable[[memoryview, int, Budget], Block]] = {
     b"ZL\x08": _inflate_zlib,
     b"XZ\x00": _inflate_xz,

@@ -1,4 +1,4 @@
-"""Reading a ROOT file, and the keys in it: the beginnings of its records and their copies in key lists.
+"""Reads a ROOT file and its keys: the beginnings of its records, and their copies in key lists.
 
 The format: TKey.cxx and TBasket.cxx of ROOT.
 """
@@ -23,7 +23,7 @@ class InvalidRootFile(Exception):
 class Reader:
     """An open file, read through a window that moves forward over it.
 
-    `pread` and not a memory map: a mapped file that shrinks kills the process, and its pages count as our memory.
+    Not a memory map: a mapped file that shrinks kills the process, and its pages count as memory of the process.
     """
 
     def __init__(self, path_or_descriptor: str | os.PathLike[str] | int) -> None:
@@ -41,16 +41,16 @@ class Reader:
             os.close(self._fd)
 
     def pread(self, start: int, length: int) -> bytes:
-        """Return bytes of the file, as many as there are."""
+        """Return `length` bytes of the file, or fewer at its end."""
         return os.pread(self._fd, length, start)
 
     def read(self, start: int, length: int) -> tuple[bytes, int]:
-        """Return bytes of the file and where among them byte `start` is; at least `length` bytes follow it."""
+        """Return bytes of the file and the index of byte `start` in them; at least `length` bytes follow from there."""
         at = start - self._start
         if at < 0 or at + length > len(self._window):
             most = WINDOW if 0 <= at <= len(self._window) else SMALL_READ
-            self._window = b""  # let go of the old bytes before the new ones take their room
-            # No more than there is: a buffer of 1 MiB that is not filled takes longer than a small file.
+            self._window = b""  # frees the old bytes before the new ones take as much memory
+            # Not more than the file has: a buffer of 1 MiB takes longer to make than a small file to read.
             self._window = self.pread(start, max(length, min(most, self.size - start)))
             self._start, at = start, 0
             if len(self._window) < length:
@@ -63,7 +63,7 @@ class Reader:
 
     def skip_zeros(self, start: int, end: int, check_time: Callable[[], None]) -> int:
         """Return the position of the first byte that is not zero, or `end`."""
-        length = 64  # nearly always there are few
+        length = 64  # nearly always enough
         while start < end:
             data, at = self.read(start, 1)
             piece = data[at : at + min(length, end - start)]
@@ -98,7 +98,7 @@ def describe_record(position: int, class_name: str, name: str) -> str:
 
 KEY = struct.Struct(">ihiIhhii")  # fNbytes, fVersion, fObjlen, fDatime, fKeylen, fCycle, fSeekKey, fSeekPdir
 KEY_64 = struct.Struct(">ihiIhhqq")  # where fVersion is above 1000
-KEY_SIZES = struct.Struct(">ihiIh")  # what both have in common
+KEY_SIZES = struct.Struct(">ihiIh")  # the fields that both have in common
 _PROCESS_ID_BITS = (1 << 48) - 1  # the 16 bits above these in a 64-bit fSeekPdir are TKey's fPidOffset
 SHORTEST_KEY = KEY.size + 3  # three empty strings
 BASKET = struct.Struct(">iiB")  # fNevBuf, fLast and a flag, with which the key of a TBasket ends
@@ -122,8 +122,8 @@ def read_key(reader: Reader, start: int, end: int, subject: object, is_listed: b
 def parse_key(data: bytes, is_listed: bool) -> tuple[Key, int]:
     """Return the key that `data` begins with, and its length.
 
-    A listed key is read by its strings: TKey::SetName and SetTitle change them behind the old fKeylen, and where ROOT 5
-    and 6 store a TDirectoryFile as TDirectory, the list has the long name behind the length of a key with the short one.
+    A listed key ends with its strings, not at fKeylen. TKey::SetName and SetTitle change the strings and not fKeylen. ROOT 5
+    and 6 list a TDirectoryFile by its long class name, with the length of a key that has the short one, TDirectory.
     """
     size, version, object_size, _, key_size, cycle, position, directory = KEY.unpack_from(data)
     at = KEY.size
@@ -137,7 +137,7 @@ def parse_key(data: bytes, is_listed: bool) -> tuple[Key, int]:
     name, at = read_string(data, at)
     _, at = read_string(data, at)
     if at != key_size and not is_listed:
-        # TBasket adds fields of its own to the key.
+        # TBasket appends fields of its own to the key.
         is_basket = class_name == b"TBasket" and at + 6 < len(data)
         if not is_basket or key_size - at != _BASKET_SIZE + (data[at + 6] >> 7):
             raise InvalidRootFile(f"has {key_size} bytes, but its class, name and title make it {at}")
@@ -150,7 +150,7 @@ def parse_key(data: bytes, is_listed: bool) -> tuple[Key, int]:
 def parse_usual_key(data: bytes, at: int, end: int) -> Key | None:
     """Return the listed key in `data[at:end]` if it has 4-byte positions, short strings and its own length.
 
-    Nearly all do, and `parse_key` takes twice as long.
+    Nearly all keys are like that, and `parse_key` takes twice as long.
     """
     try:
         size, version, object_size, _, key_size, cycle, position, directory = KEY.unpack_from(data, at)
@@ -165,12 +165,12 @@ def parse_usual_key(data: bytes, at: int, end: int) -> Key | None:
         class_name, name = data[class_at : name_at - 1].decode(), data[name_at : title_at - 1].decode()
     except (IndexError, struct.error, UnicodeDecodeError):
         return None
-    # Half the time of Key(...)
+    # tuple.__new__ takes half the time of Key(...).
     return tuple.__new__(Key, (size, object_size, key_size, cycle, position, directory, class_name, name))
 
 
 def keys_agree(listed: bytes, key: Key) -> bool:
-    """Whether a listed key says the same as the key of the record, but for name, title and date."""
+    """Return whether a listed key agrees with the key of its record in everything but name, title and date."""
     copy, _ = parse_key(listed, is_listed=True)
     if copy.class_name == "TDirectoryFile" and key.class_name == "TDirectory":
         copy = copy._replace(class_name=key.class_name)
@@ -178,7 +178,7 @@ def keys_agree(listed: bytes, key: Key) -> bool:
 
 
 def decode_name(name: bytes) -> str:
-    """Return a name in which undecodable bytes are surrogates, so that two names never become one."""
+    """Decode a name. Undecodable bytes become surrogates, so two different names never become equal."""
     return name.decode("utf-8", "surrogateescape")
 
 

@@ -1,13 +1,14 @@
-"""Is this a valid ROOT file, and what is in it?
+"""Validates a ROOT file and lists its objects.
 
-A ROOT file is a header and a chain of records. Each record is a key (lengths, position, class, name, title) and a payload;
-a directory is a record whose payload points at a key list, a record that repeats the keys of the directory's objects.
-`check_root_file` follows the directories, walks the chain once from end to end, compares what the format stores twice and
-inflates every payload within the size it claims, keeping nothing and building no object. Only a file that passes is opened
-with uproot, a second and independent reader, which must find the same top-level objects.
+A ROOT file is a header and a chain of records. Each record is a key (lengths, position, class, name, title) and a payload. A
+directory is a record whose payload points to a key list: a record that repeats the keys of the directory's objects.
 
-Valid is what CERN ROOT opens in silence and lists keys of; invalid is what it repairs, complains of or crashes on, and any
-record that is damaged so that its codec or its own lengths show it.
+`check_root_file` follows the directories and notes the records that they refer to. Then it walks the chain once from end to
+end. It compares each record with its copy in the key list and inflates each payload within the size that its key claims. It
+builds no object and keeps no payload. At last uproot, a second and independent reader, must find the same top-level objects.
+
+A file is valid if CERN ROOT opens it in silence and lists keys of it. A file is invalid if ROOT repairs it, complains of it or
+crashes on it, or if a record is damaged so that its codec or its own lengths show it.
 
 The format: https://root.cern/doc/master/md_io_doc_TFile_classTFile.html, TFile.cxx, TKey.cxx, TDirectoryFile.cxx, TFree.cxx
 and RZip.cxx of ROOT; tools/wroot of Geant4.
@@ -49,12 +50,12 @@ from streamer_info import DamagedStreamerInfo, check_streamer_info
 
 __all__ = ["InvalidRootFile", "RootObject", "check_root_file", "escape", "main"]
 
-# Limits on what a file may ask of us; no honest file comes near them. Those on inflating are in inflate.py.
+# Limits on the cost of one file. No honest file comes near them. The limits on inflating are in inflate.py.
 MAX_KEYS = 200_000
 MAX_DIRECTORIES = 20_000
 MAX_DEPTH = 100
 MAX_KEY_LISTS = 16 << 20  # bytes of all key lists, which stay in memory
-MAX_NAMES = 8 << 20  # characters of the keys' names and classes, and of the objects' own, which go into the answer
+MAX_NAMES = 8 << 20  # characters of the keys' names and classes, and of the objects' own names, which are in the answer
 MAX_RECORDS = 5_000_000
 MAX_NAME = 1000  # characters of a name in the answer; the rest is cut off
 
@@ -62,14 +63,14 @@ _NAME_BYTES = 1 << 16  # bytes of an uncompressed object searched for its name
 
 
 class RootObject(NamedTuple):
-    """An object at the top level of a ROOT file: the name it gives itself and its stored class."""
+    """An object at the top level of a ROOT file: its own name, and its class as it is stored."""
 
     name: str
     class_name: str
 
     @property
     def description(self) -> str:
-        """What ROOT says of the object: `GetName()` and `IsA()->GetName()`."""
+        """The name and the class as ROOT prints them: `GetName()` and `IsA()->GetName()`."""
         # ROOT has stored TDirectoryFile under its old name, TDirectory, since the class was split in ROOT 5.
         class_name = "TDirectoryFile" if self.class_name == "TDirectory" else self.class_name
         return f"Obj name: {self.name}, Obj IsA() Name: {class_name}"
@@ -79,7 +80,7 @@ def check_root_file(path_or_descriptor: str | os.PathLike[str] | int) -> dict[st
     """Return the objects at the top level of a valid ROOT file by the names of their keys, the newest cycle of each.
 
     A descriptor stays open, and its file position is neither used nor changed.
-    Raises InvalidRootFile, whatever the content; OSError where the file cannot be read at all.
+    Raises InvalidRootFile for every other content, and OSError if the file cannot be read.
     """
     reader = Reader(path_or_descriptor)
     try:
@@ -100,7 +101,7 @@ def check_root_file(path_or_descriptor: str | os.PathLike[str] | int) -> dict[st
 
 
 def _report(keys: dict[int, Key], names: dict[int, bytes]) -> dict[str, RootObject]:
-    """Return the newest cycle of each name; `names`, by position, of the objects that have another than their key."""
+    """Return the newest cycle of each key name. `names` are, by position, the objects' own names where the key has another."""
     newest: dict[str, Key] = {}
     for key in keys.values():
         other = newest.setdefault(key.name, key)
@@ -112,15 +113,15 @@ def _report(keys: dict[int, Key], names: dict[int, bytes]) -> dict[str, RootObje
         own_name = key_name = name if len(name) <= MAX_NAME and name.isascii() else _escape_and_cut(name)
         if key.position in names:
             own_name = _escape_and_cut(decode_name(names[key.position]))
-        if key_name in objects:  # a long name, or one whose escapes are the letters of another
+        if key_name in objects:  # a name that was cut, or whose escapes are letters in another one
             key_name = _make_unique(key_name, objects)
         class_name = classes.get(key.class_name) or classes.setdefault(key.class_name, _escape_and_cut(key.class_name))
         objects[key_name] = RootObject(own_name, class_name)
     return objects
 
 
-def _make_unique(shown: str, others: Container[str]) -> str:
-    return next(name for number in count(2) if (name := f"{shown} ({number})") not in others)
+def _make_unique(name: str, others: Container[str]) -> str:
+    return next(unique for number in count(2) if (unique := f"{name} ({number})") not in others)
 
 
 def _escape_and_cut(name: str) -> str:
@@ -132,7 +133,7 @@ def _escape_and_cut(name: str) -> str:
 
 
 class _Header(NamedTuple):
-    """What the first bytes of the file say: where the records begin and end and where three of them are."""
+    """The header of the file: where its records begin and end, and where three of them are."""
 
     begin: int
     end: int
@@ -143,12 +144,12 @@ class _Header(NamedTuple):
     streamer_info: int
     streamer_info_size: int
     is_of_uproot_3: bool
-    is_of_old_update: bool  # uproot.update of 4.1 to 5.3.6 subtracted 1,000,000 from the version each time
+    is_of_old_update: bool  # uproot.update of 4.1 to 5.3.6 subtracts 1,000,000 from the version each time
 
 
 @dataclass
 class _File:
-    """A file whose header has been read, and what checking it may still cost."""
+    """A file whose header has been read, and the budget of its check."""
 
     reader: Reader
     budget: Budget
@@ -180,7 +181,7 @@ def _read_header(reader: Reader) -> _Header:
         raise InvalidRootFile(f"the file is cut short: it has {reader.size} bytes of the {end} its header names")
     if not 0 < name_size < end - begin:
         raise InvalidRootFile(f"header: a name of {name_size} bytes for the root directory")
-    # The version of ROOT that uproot 3 copied, and fUnits of a small file with the version of a large one.
+    # uproot 3 writes the version of a large file, always the same one, with the fUnits of a small file.
     is_of_uproot_3 = version == 1_061_800 and units == 4
     return _Header(
         begin, end, free_list, free_list_size, free_segments, name_size, info, info_size, is_of_uproot_3, version < 0
@@ -192,17 +193,17 @@ def _read_header(reader: Reader) -> _Header:
 
 @dataclass
 class _References:
-    """What the header and the directories refer to, and how much more they may."""
+    """The records that the header and the directories refer to, and the limits on further ones."""
 
     expected_keys: dict[int, bytes] = field(default_factory=dict)  # by position: the key of the record there
     top_level_keys: dict[int, Key] = field(default_factory=dict)  # by position: those of the root directory
-    trailing_keys: dict[int, bytes] = field(default_factory=dict)  # by position: behind the last key of a directory
+    trailing_keys: dict[int, bytes] = field(default_factory=dict)  # by position: keys after the last one of a key list
     keys_left: int = MAX_KEYS
     key_list_bytes_left: int = MAX_KEY_LISTS
     names_left: int = MAX_NAMES
 
     def expect(self, position: int, key_bytes: bytes, subject: object) -> None:
-        """Note that a record with this key must begin at `position`; nothing else may refer to it."""
+        """Note that a record with this key must begin at `position`. Only one reference to it is allowed."""
         if position in self.expected_keys:
             raise InvalidRootFile(f"{subject}: the record at byte {position} has a place elsewhere, too")
         self.expected_keys[position] = key_bytes
@@ -220,7 +221,7 @@ class _References:
         return key
 
     def add_listed(self, header: _Header, directory: _Directory, key: Key, key_bytes: bytes) -> None:
-        """Note what a key in the key list of a directory refers to."""
+        """Note the record to which a key in the key list of a directory refers."""
         position = key.position
         if not header.begin < position <= header.end - key.size:
             raise InvalidRootFile(f"{directory}: its {key} has {key.size} bytes, outside the file")
@@ -253,17 +254,15 @@ class _Directory(NamedTuple):
 
 
 def _read_directories(file: _File) -> _References:
-    header, references = (
-        file.header,
-        _References(keys_left=MAX_KEYS, key_list_bytes_left=MAX_KEY_LISTS, names_left=MAX_NAMES),
-    )
+    header = file.header
+    references = _References(keys_left=MAX_KEYS, key_list_bytes_left=MAX_KEY_LISTS, names_left=MAX_NAMES)
     root = references.expect_unlisted(file.reader, header.begin, header.end, "root directory", (0,))
-    # The name and the title of the file, with which its key ends, stand once more behind the key.
+    # The key of the root directory ends with the file's name and title, and both are repeated after the key.
     data, at = file.reader.read(header.begin, min(header.name_size, 2 * root.key_size))
     middle, end = at + root.key_size, at + header.name_size
     if header.name_size <= root.key_size or data[middle:end] != data[2 * middle - end : middle]:
         raise InvalidRootFile("root directory: its name differs from the one in its key")
-    # A stack and not recursion: the depth is the file's to choose.
+    # Not recursion: the file decides how deep its directories are.
     pending = [_Directory(header.begin, header.begin + header.name_size, header.begin + root.size, 0, 0)]
     directories = 1
     while pending:
@@ -293,7 +292,7 @@ def _read_directory(file: _File, directory: _Directory) -> tuple[int, int]:
         if size < _DIRECTORY_64.size:
             raise InvalidRootFile(f"{directory}: {size} bytes are too few for a directory of version {version}")
         version, _, _, key_list_size, name_size, own, parent, key_list = _DIRECTORY_64.unpack_from(data, at)
-    # ROOT 6.08 calls the root directory the parent of a directory in another one.
+    # ROOT 6.08 writes the root directory as the parent of a directory that is in another one.
     if own != directory.position or parent not in (directory.parent, header.begin if directory.depth else 0):
         raise InvalidRootFile(f"{directory}: says that it is at byte {own}, in the directory at byte {parent}")
     if name_size != directory.start - directory.position:
@@ -307,7 +306,7 @@ def _read_directory(file: _File, directory: _Directory) -> tuple[int, int]:
 
 
 def _list_keys(file: _File, directory: _Directory, start: int, size: int, references: _References) -> list[_Directory]:
-    """Note what a directory's key list refers to; return the directories among it."""
+    """Note the records in the key list of a directory; return the directories among them."""
     at, number = _key_list_bounds(file, directory, start, size, references)
     reader, end = file.reader, start + size
     directories = []
@@ -329,14 +328,14 @@ def _list_keys(file: _File, directory: _Directory, start: int, size: int, refere
         if key.class_name in _DIRECTORY_CLASSES:
             fields, record_end = key.position + key.key_size, key.position + key.size
             directories.append(_Directory(key.position, fields, record_end, directory.position, directory.depth + 1))
-    # Only ROOT renames keys, and it leaves no room behind them; so the length of a string is still known to be right.
+    # Only ROOT renames keys, and it leaves no room after them. So bytes after them mean that a string has a wrong length.
     if is_renamed and end - at not in (0, _ROOM_OF_ROOT):
         raise InvalidRootFile(f"{directory}: {end - at} bytes behind its last key, or a string of a wrong length")
     _note_trailing_key(reader, at, end, directory, references)
     return directories
 
 
-_ROOM_OF_ROOT = 8  # bytes that ROOT leaves behind the keys beyond 2 GB
+_ROOM_OF_ROOT = 8  # bytes that ROOT leaves after the keys beyond 2 GB
 
 
 def _key_list_bounds(
@@ -346,7 +345,7 @@ def _key_list_bounds(
     references.key_list_bytes_left -= size
     if references.key_list_bytes_left < 0:
         raise InvalidRootFile(f"key lists of more than {MAX_KEY_LISTS} bytes")
-    # uproot says that a key list is in the mother directory.
+    # uproot writes the parent directory into the key of a key list.
     owners = directory.position, directory.parent or file.header.begin, file.header.begin
     own = references.expect_unlisted(file.reader, start, start + size, directory, owners)
     if own.size != size:
@@ -363,9 +362,9 @@ def _key_list_bounds(
 
 
 def _note_trailing_key(reader: Reader, at: int, end: int, directory: _Directory, references: _References) -> None:
-    """Note the key behind the last counted one: if its record exists, then the number of keys is wrong.
+    """Note the key after the last counted one: if its record exists, the number of keys is wrong.
 
-    Beyond 2 GB ROOT leaves 8 bytes behind the keys; uproot leaves room for more, with whatever was in it.
+    There may be no key: beyond 2 GB ROOT leaves 8 bytes after the keys, and uproot leaves room with old bytes in it.
     """
     if end - at >= SHORTEST_KEY:
         try:
@@ -375,7 +374,7 @@ def _note_trailing_key(reader: Reader, at: int, end: int, directory: _Directory,
             pass
 
 
-# --- what the header refers to -----------------------------------------------------------------------------------------
+# --- records that the header refers to ---------------------------------------------------------------------------------
 
 
 def _expect_from_header(file: _File, references: _References, subject: str, position: int, size: int) -> Key:
@@ -388,12 +387,12 @@ def _expect_from_header(file: _File, references: _References, subject: str, posi
 
 
 def _read_free_list(file: _File, references: _References) -> dict[int, int]:
-    """Return the free segments between records, from their first byte to the byte behind them."""
+    """Return the free segments between records, from their first byte to the byte after them."""
     header, subject = file.header, "list of free segments"
-    if not header.free_list and not header.free_list_size:  # saved but never closed; the key lists decide
+    if not header.free_list and not header.free_list_size:  # the file was saved and never closed; its key lists decide
         return {}
     key = _expect_from_header(file, references, subject, header.free_list, header.free_list_size)
-    if key.size > min(header.free_list_size, header.end - header.free_list):  # ROOT does not mind if it is less
+    if key.size > min(header.free_list_size, header.end - header.free_list):  # ROOT accepts a smaller one
         raise InvalidRootFile(f"{subject}: {key.size} bytes, the header says {header.free_list_size}")
     at, end, count = header.free_list + key.key_size, header.free_list + key.size, header.free_segments
     if not 0 <= count <= min(MAX_KEYS, (end - at) // SMALLEST_SEGMENT):
@@ -431,13 +430,13 @@ class _RecordWalk:
         self._references = references
         self._free_segments = _read_free_list(file, references)
         _expect_streamer_info(file, references)
-        # The last one first. Only this writer lets them begin within records.
+        # In reverse order, because they are popped. Only this writer lets them begin within records.
         self._stray_segments = list(reversed(self._free_segments.items())) if file.header.is_of_old_update else []
         self._names: dict[int, bytes] = {}
         self._names_left = MAX_NAMES
 
     def run(self) -> dict[int, bytes]:
-        """Return, by position, the names of the objects of the root directory that have another name than their keys."""
+        """Check all records; return, by position, the own names of top-level objects whose key has another name."""
         expected, free_segments = self._references.expected_keys, self._free_segments
         position, end = self._header.begin, self._header.end
         records, unchecked = 0, position
@@ -474,7 +473,7 @@ class _RecordWalk:
     def _skip_stray_segment(self, position: int) -> int:
         """Return the end of a free segment that began in the record before and reaches further, or 0.
 
-        uproot.update of 4.1 to 5.3.6 frees parts of records that it still uses; CERN ROOT sees that only when it writes.
+        uproot.update of 4.1 to 5.3.6 frees parts of records that it still uses. CERN ROOT notices that only when it writes.
         """
         while self._stray_segments and self._stray_segments[-1][0] < position:
             _, end = self._stray_segments.pop()
@@ -483,29 +482,29 @@ class _RecordWalk:
         return 0
 
     def _skip_gap(self, position: int) -> int:
-        """Return where the next record begins, or 0 where one begins here."""
+        """Return where the next record begins, or 0 if one begins here."""
         end = self._header.end
         size = self._reader.read_int(position) if end - position >= 4 else 0
         if size == 0:
             return self._skip_zeros(position)
-        # A deleted record, which stands in the list of free segments, too, unless that was never written.
+        # A deleted record. It is in the list of free segments, too, unless that list was never written.
         if size < 0 and not self._header.free_list:
             return position - size
-        if size >> 16 in SEGMENT_VERSIONS:  # unless a record is of just that size
+        if size >> 16 in SEGMENT_VERSIONS:  # the rest of an old list, or a record of just that size
             after = skip_old_segments(self._reader, position, end)
             return after if after > position else 0
         return 0
 
     def _skip_zeros(self, position: int) -> int:
-        """Return the next record behind the few zeros between records that go-hep and uproot leave.
+        """Return the next record after the few zeros that go-hep and uproot leave between records.
 
-        Where a record would fit, one may have been: a disk that lost a sector gives zeros.
+        More zeros, where a record would fit, are refused: a disk that lost a sector gives zeros.
         """
         end = self._header.end
-        behind = position + SHORTEST_KEY
-        first = self._reader.skip_zeros(position, min(end, behind + 3), self._budget.check_time)
-        # Up to three of the zeros are the beginning of that record's length; its own position tells how many.
-        for start in range(max(position, first - 3), min(first + 1, behind)):
+        limit = position + SHORTEST_KEY
+        first = self._reader.skip_zeros(position, min(end, limit + 3), self._budget.check_time)
+        # Up to three of the zeros belong to the next record's length. The position in its key tells how many.
+        for start in range(max(position, first - 3), min(first + 1, limit)):
             if start == end:
                 return end
             try:
@@ -518,7 +517,7 @@ class _RecordWalk:
     # Records
 
     def _check_listed(self, position: int, listed: bytes) -> int:
-        """Check a record that is referred to by this key; return where it ends."""
+        """Check a record against the key that refers to it; return where it ends."""
         length = len(listed)
         if position + length > self._header.end:  # its name was made longer
             length = self._header.end - position
@@ -534,7 +533,7 @@ class _RecordWalk:
         if payload is not None:
             self._budget.add_single_block(object_size)
         else:
-            del data  # up to 16 MiB, before as much is read
+            del data  # up to 16 MiB; the next read takes as much
             payload = self._check_payload(position, size, key_size, object_size)
         top_level_key = self._references.top_level_keys.get(position)
         if top_level_key is not None and not has_name_of_key(payload, listed):
@@ -569,7 +568,7 @@ class _RecordWalk:
         return key, key_bytes
 
     def _check_payload(self, position: int, size: int, key_size: int, object_size: int) -> Block:
-        """Inflate a payload and let go of it; return its beginning."""
+        """Inflate a payload, block by block; return its beginning, where an object has its name."""
         start, compressed_size = position + key_size, size - key_size
         try:
             self._budget.claim_object(object_size)
@@ -581,14 +580,14 @@ class _RecordWalk:
             for block in inflate_blocks(self._reader.read, start, compressed_size, object_size, self._budget):
                 if first is None:
                     first = block if len(block) <= _NAME_BYTES else block[:_NAME_BYTES]
-                del block  # up to 16 MiB, before the next one takes as much
+                del block  # up to 16 MiB; the next one takes as much
             return first or b""
         except InflateError as error:
             key, _ = read_key(self._reader, position, self._header.end, "record")
             raise InvalidRootFile(f"{key}: {error}") from error.__cause__
 
     def _check_streamer_info(self, position: int, size: int, key_size: int, object_size: int) -> None:
-        """Walk a streamer info whose codec has no checksum."""
+        """Check the contents of a streamer info whose codec has no checksum."""
         if object_size > MAX_STREAMER_INFO:
             return
         start, compressed_size = position + key_size, size - key_size
@@ -606,17 +605,17 @@ class _RecordWalk:
 
 
 def _check_basket(key: Key, key_bytes: bytes) -> None:
-    """Compare a basket's number of entries and end of data with its size: behind the data come no, one or two arrays."""
+    """Compare a basket's number of entries and end of data with its size: after the data come no, one or two arrays."""
     entries, last, _ = BASKET.unpack_from(key_bytes, len(key_bytes) - BASKET.size)
-    behind = key.object_size - (last - key.key_size)
-    # TBuffer::WriteArray: its length, and an offset for each entry; and one for the end, but in older Geant4.
+    rest = key.object_size - (last - key.key_size)
+    # TBuffer::WriteArray: a length, an offset for each entry and, except in older Geant4, one for the end.
     arrays = [number * (4 * entries + more) for number in (1, 2) for more in (8, 4)]
-    if last < key.key_size or behind not in (0, *arrays):
+    if last < key.key_size or rest not in (0, *arrays):
         raise InvalidRootFile(f"{key}: {entries} entries, data to byte {last} and {key.object_size} bytes do not fit")
 
 
 def escape(text: str) -> str:
-    """Return a text in which nothing can move the cursor or turn the direction of writing: for terminals and logs."""
+    """Escape the characters that move the cursor or change the direction of writing, for terminals."""
     if text.isascii() and text.isprintable():
         return text
     unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -627,7 +626,7 @@ def escape(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List the objects of ROOT files, or why a file is not valid; return 1 if any is not."""
+    """List the objects of ROOT files, or the reason why a file is not valid; return 1 if any is not."""
     parser = argparse.ArgumentParser(prog="python -m rootcheck", description=main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE")
     invalid = False

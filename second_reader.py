@@ -1,9 +1,9 @@
 """The second reader: uproot, which must find the same keys in the root directory of a file that passed all other checks.
 
-uproot's own classes parse the root directory, the number of its keys and each key: name, class, cycle and position, in their
-4-byte and 8-byte forms. So a mistake of ours in the layout of these does not pass. Ours are where the root directory begins,
-which its record has confirmed, and how fields and strings of less than 255 bytes are cut from the key list, which takes half
-the time of uproot's way. uproot neither opens the file nor inflates anything; the bytes are in memory in most files.
+uproot's own classes parse the root directory, the number of its keys and each key: name, class, cycle and position, with 4-byte
+and 8-byte positions. So a mistake in our layout of these is found. Two things are not uproot's: the position of the root
+directory, which its record has confirmed, and the cutting of fields and short strings from the key list, which takes half the
+time of uproot's way. uproot neither opens the file nor inflates anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from root_keys import WINDOW, InvalidRootFile, Key, Reader, escape_undecodable
 
 
 class _Chunk:
-    """Bytes of the file for uproot, cut without its numpy arrays; what is cut short is an error or a different name."""
+    """Bytes of the file for uproot, without its numpy arrays. If they end early, the key differs or struct raises."""
 
     def __init__(self, start: int, data: bytes) -> None:
         self.start = start
@@ -35,7 +35,7 @@ class _Chunk:
 
 
 class _File:
-    """What uproot's directory needs of a file: a small one, which is in memory, is read at once."""
+    """The part of a file that uproot's directory uses. A small file is in memory and becomes one chunk."""
 
     def __init__(self, reader: Reader, end: int) -> None:
         self.fEND = end
@@ -77,7 +77,7 @@ class _KeysBegin(Exception):
 
 
 class _Directory(uproot.reading.ReadOnlyDirectory):  # type: ignore[misc]
-    """A directory up to its keys, of which uproot would make an index that takes half as long as reading them."""
+    """A directory up to its keys. uproot's index of the keys would take half as long as reading them."""
 
     def hook_before_keys(
         self, *, keys_chunk: _Chunk, keys_cursor: uproot.source.cursor.Cursor, num_keys: int, **_: object
@@ -90,17 +90,17 @@ _uproot_identity = attrgetter("fName", "fClassName", "fCycle", "fSeekKey")
 
 
 def _read_until_keys(reader: Reader, start: int, end: int) -> tuple[_Chunk, _KeyCursor, int]:
-    """Return where, in which bytes, and how many are the keys of the directory whose own fields begin at `start`."""
+    """Return the bytes with the keys of the directory whose fields begin at `start`, a cursor there, and their number."""
     file = _File(reader, end)
     try:
         _Directory((), uproot.source.cursor.Cursor(start), {}, file, file)
-    except _KeysBegin as found:  # which must not outlive this clause: its traceback refers to the bytes of the file
+    except _KeysBegin as found:  # deleted at the end of this clause: its traceback refers to the bytes of the file
         return found.chunk, _KeyCursor(found.start), found.number
     raise ValueError("no list of keys")
 
 
 def compare_with_uproot(reader: Reader, start: int, end: int, keys: Collection[Key]) -> None:
-    """Have uproot find these keys, in this order, in the root directory at byte `start` of a file that ends at `end`."""
+    """Raise InvalidRootFile unless uproot finds these keys, in this order, in the root directory at byte `start`."""
     try:
         chunk, cursor, number = _read_until_keys(reader, start, end)
         if number != len(keys):
@@ -109,7 +109,7 @@ def compare_with_uproot(reader: Reader, start: int, end: int, keys: Collection[K
             found = _uproot_identity(uproot.reading.ReadOnlyKey(chunk, cursor, {}, None, None, read_strings=True))
             if found != _identity(key):
                 raise InvalidRootFile(f"uproot finds other objects: {escape_undecodable(found[0])!r}")
-    except (InvalidRootFile, MemoryError, OSError):  # the last two are of what is ours: bounded memory, and reading
+    except (InvalidRootFile, MemoryError, OSError):  # the last two are not uproot's: no memory, no disk
         raise
-    except Exception as error:  # whatever uproot stumbles over: ValueError, AssertionError, KeyError, ...
+    except Exception as error:  # uproot raises many kinds: ValueError, AssertionError, KeyError, ...
         raise InvalidRootFile(f"uproot cannot read the file: {error!r}") from error

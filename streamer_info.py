@@ -1,11 +1,11 @@
-"""Whether a streamer info says the same twice: the lengths and classes in it, walked without building any object.
+"""Checks the lengths and class names in a streamer info, without building any object.
 
-CERN ROOT reads the streamer info when it opens a file, and complains or crashes where the byte counts, class tags or class
-versions in it are damaged. Zstandard and uncompressed payloads have no checksum, so only these can tell.
+CERN ROOT reads the streamer info when it opens a file. It complains or crashes if byte counts, class tags or class versions in
+it are damaged. Some payloads have no checksum (Zstandard, old deflate, uncompressed), so damage shows only there.
 
-A streamer info is a TList of TStreamerInfo, one for each class; each has a TNamed, a checksum, a class version and a TObjArray
-of elements, one for each base and member. Every class begins with a byte count and its version, every object in a container
-with a byte count and the name of its class or a tag, which refers to the place where that name came first.
+A streamer info is a TList of TStreamerInfo, one for each class. Each has a TNamed, a checksum, a class version and a TObjArray
+of elements, one for each base and member. Every class begins with a byte count and its version. Every object in a container
+begins with a byte count and then either the name of its class or a tag, which refers to the first place of that name.
 
 The format: TList.cxx, TObjArray.cxx, TStreamerElement.cxx, TStreamerInfo.cxx and TBufferFile.cxx (ReadClass) of ROOT.
 """
@@ -16,8 +16,8 @@ import functools
 import struct
 from collections.abc import Callable
 
-MAX_SIZE = 1 << 24  # bytes of a streamer info that is walked; those of the largest experiments have a tenth of that
-_CACHED_SIZE = 1 << 16  # bytes of a streamer info that is remembered: the files of one agent all have the same
+MAX_SIZE = 1 << 24  # bytes; larger ones are not checked. Those of the largest experiments have a tenth of that
+_CACHED_SIZE = 1 << 16  # bytes; smaller ones are remembered, because all files of an agent have the same
 
 _COUNTED = struct.Struct(">IH")  # byte count, class version
 _TAGGED = struct.Struct(">II")  # byte count, class tag
@@ -28,11 +28,11 @@ _TWO_INTS = struct.Struct(">Ii")
 _BYTE_COUNT = 1  # the two upper bits of a byte count (kByteCountMask)
 _COUNT_BITS = 0x3FFFFFFF
 _NEW_CLASS = 0xFFFFFFFF  # tag before a name (kNewClassTag)
-_CLASS_BIT = 0x80000000  # of the tag of a class that has been named before (kClassMask)
+_CLASS_BIT = 0x80000000  # marks the tag of a class whose name came before (kClassMask)
 _MAP_OFFSET = 2  # added to positions in tags (kMapOffset)
-_MOVED = 8  # bytes by which keys differ
+_MOVED = 8  # bytes by which a key with 8-byte positions is longer
 _LONGEST_CLASS = 80  # TClass::Load
-_IS_REFERENCED = 0x10  # a bit of TObject, behind which two more bytes follow (kIsReferenced)
+_IS_REFERENCED = 0x10  # a bit of TObject; if it is set, two more bytes follow (kIsReferenced)
 _MAX_CLASS_VERSION = 65_000  # TStreamerInfo::BuildCheck
 
 # The newest version of each class. ROOT 6.40 refuses versions of TNamed that it does not know.
@@ -58,7 +58,7 @@ _VERSIONS = {
     "TStreamerArtificial": 1,
 }
 _LISTS = ("TList", "THashList")  # one of them, in the list, holds the rules of schema evolution
-_NOT_IN_TYPES = frozenset('\\`"#?;')  # characters that are in no name of a C++ type
+_NOT_IN_TYPES = frozenset('\\`"#?;')  # characters that no name of a C++ type has
 
 
 class DamagedStreamerInfo(Exception):
@@ -66,7 +66,7 @@ class DamagedStreamerInfo(Exception):
 
 
 def check_streamer_info(payload: bytes, key_size: int, check_time: Callable[[], None]) -> None:
-    """Raise DamagedStreamerInfo unless the inflated payload of a streamer info, behind a key of that size, is consistent."""
+    """Raise DamagedStreamerInfo unless a streamer info is consistent: its inflated payload, after a key of this size."""
     if len(payload) <= _CACHED_SIZE:
         _check_small(payload, key_size)
     else:
@@ -79,13 +79,13 @@ def _check_small(payload: bytes, key_size: int) -> None:
 
 
 class _Walk:
-    """A position in the streamer info, and where its classes have been named."""
+    """A position in the streamer info, and the places at which its classes were named."""
 
     def __init__(self, data: bytes, key_size: int, check_time: Callable[[], None]) -> None:
         self._data = data
         self._at = 0
         self._shift = key_size + _MAP_OFFSET  # tags count from the first byte of the key
-        self._moved: int | None = None  # by how much all tags are too large; the first one tells
+        self._moved: int | None = None  # all tags are too large by this; None until the first one tells
         self._classes: dict[int, str] = {}
         self._check_time = check_time
 
@@ -94,12 +94,12 @@ class _Walk:
             self._list("TList", len(self._data), self._item)
         except (struct.error, IndexError):
             raise self._damaged("ends early") from None
-        # uproot leaves room behind it.
+        # Bytes after it are not damage: uproot leaves room there.
 
     def _damaged(self, text: str) -> DamagedStreamerInfo:
         return DamagedStreamerInfo(f"damaged streamer info: {text} (byte {self._at} of {len(self._data)})")
 
-    # What all classes have
+    # Parts of all classes
 
     def _enter(self, name: str, end: int) -> tuple[int, int]:
         """Read the byte count and the version of a class; return the version and where the class ends."""
@@ -176,7 +176,7 @@ class _Walk:
         self._leave(name, stop)
 
     def _object(self, end: int, read: Callable[[str, int], None]) -> None:
-        """Read an object of a container, or nothing where there is a null pointer."""
+        """Read an object of a container, or a null pointer."""
         start = self._at
         count, tag = _TAGGED.unpack_from(self._data, start)
         if count == 0:
@@ -197,9 +197,8 @@ class _Walk:
         self._leave(f"object of class {name}", stop)
 
     def _named_before(self, tag: int) -> str:
-        if (
-            self._moved is None
-        ):  # uproot.update copies a payload whose key had 8-byte positions behind one of 4-byte ones
+        if self._moved is None:
+            # uproot.update copies a payload from a key with 8-byte positions to one with 4-byte positions.
             self._moved = _MOVED if tag not in self._classes and tag - _MOVED in self._classes else 0
         return self._classes.get(tag - self._moved, "")
 
@@ -209,7 +208,7 @@ class _Walk:
         self._at += len(name) + 1
         return name.decode("ascii", "backslashreplace")
 
-    # What is in them
+    # The objects in them
 
     def _item(self, name: str, end: int) -> None:
         self._check_time()
@@ -253,7 +252,7 @@ class _Walk:
         if name == "TStreamerBase" and (version > 2 or self._at < stop):
             self._at += 4  # the version of the base
         elif name in ("TStreamerBasicPointer", "TStreamerLoop"):
-            self._at += 4  # the version of the class with the counter; then its member's and its own name
+            self._at += 4  # the version of the counter's class; the names of counter and class follow
             self._string()
             self._string()
         elif name == "TStreamerSTL":
