@@ -2,7 +2,7 @@
 
 import contextlib
 import ctypes
-import encodings.idna  # noqa: F401  Werkzeug loads it later, when --user may be one that cannot read Python's folder
+import encodings.idna  # noqa: F401  Werkzeug loads it later, when the user of --user may not be able to read Python's folder
 import gc
 import logging
 import os
@@ -18,8 +18,8 @@ wsgi_app = "receiver:create_app()"
 worker_class = "gunicorn_worker.UploadWorker"
 bind = "127.0.0.1:8080"
 
-# A process for each core, because validation holds the interpreter lock most of the time. Threads for uploads: all other
-# connections wait in the worker's event loop.
+# A process for each core, because validation holds the interpreter lock most of the time. A thread serves a request from its
+# complete head to its answer. All other connections wait in the worker's event loop.
 workers = min(len(os.sched_getaffinity(0)), 4)
 threads = 128
 worker_connections = 8192
@@ -27,29 +27,29 @@ worker_connections = 8192
 # A worker that stops (SIGTERM) or is replaced (SIGHUP) finishes its uploads first.
 graceful_timeout = 600
 
-# A head has at most 64 KiB (gunicorn_worker.MAX_HEAD) and 64 fields of 8190 bytes: what nginx passes on by default, cookies
-# included, has fields of 8 KiB and 32 KiB in all.
+# A head has at most 64 KiB (gunicorn_worker.MAX_HEAD) and 64 fields of 8190 bytes. By default nginx passes on fields of 8 KiB,
+# cookies included, and 32 KiB in all.
 limit_request_fields = 64
 limit_request_field_size = 8190
 
 # Only the header that nginx sets: by default, gunicorn answers 400 if a client sends X-Forwarded-Ssl or -Protocol beside it.
 secure_scheme_headers = {"X-FORWARDED-PROTO": "https"}
 
-# The application is loaded before the workers fork: a mistake in the settings is one line and no loop of dying workers.
+# The application is loaded before the workers fork, so a mistake in the settings is one line and not a loop of dying workers.
 preload_app = True
 
-# gunicorn's remote control is not needed, and its socket would lie in a home folder that a service may not have.
+# gunicorn's remote control is not needed, and a service may not have the home folder in which its socket would lie.
 control_socket_disable = True
 
-# The workers' heartbeat: in memory, because a disk that hangs would end them.
+# The file of the workers' heartbeat is in memory, because a disk that hangs would end the workers.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 # A login shell's usual limit, 1024, is too low for the connections and the files of uploads.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
-# glibc would give large pieces of memory back to the kernel and get the next ones anew, page by page. Pieces up to the largest
-# block of a ROOT file (16 MiB) come from one heap for all threads, whose free end is given back from 40 MiB on.
+# glibc returns large pieces of memory to the kernel and gets the next ones page by page, which costs processor time. So pieces up
+# to the largest block of a ROOT file (16 MiB) come from one heap for all threads, whose free end is returned from 40 MiB on.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 with contextlib.suppress(AttributeError):  # another C library
     mallopt = ctypes.CDLL(None).mallopt
@@ -59,7 +59,7 @@ with contextlib.suppress(AttributeError):  # another C library
 
 
 def when_ready(server: Any) -> None:
-    """Before the first worker forks."""
+    """Before the first worker forks: set up the log, the metrics' folder and the signals."""
     log = logging.getLogger("dqm_receiver")
     log.handlers = server.log.error_log.handlers
     log.setLevel(logging.INFO)
@@ -69,14 +69,15 @@ def when_ready(server: Any) -> None:
 
 
 def on_reload(server: Any) -> None:
-    """On SIGHUP: read the token file again; if it has a mistake, keep the old tokens."""
+    """On SIGHUP: read the token file again, or keep the old tokens if it has a mistake."""
     import receiver
     from durable import StorageError
 
     try:
-        server.app.callable.storage.check_folder()  # else the new application would make the folder while its disk is not mounted
+        # Without this check, the new application would make the folder while its disk is not mounted.
+        server.app.callable.storage.check_folder()
         server.app.callable = receiver.create_app()
-        gc.collect()  # the old application, whose parts refer to each other, holds descriptors
+        gc.collect()  # closes the descriptors of the old application, whose parts refer to each other
     except (receiver.ConfigurationError, StorageError, OSError) as error:
         server.log.error("the tokens stay as they were: %s", error)
 

@@ -49,7 +49,7 @@ SPOOL_KEY = re.compile(rf"(?P<agent>{AGENT})\.(?P<run>[0-9]{{1,10}})\.(?P<time>[
 SPOOL_NAME = re.compile(rf"{SPOOL_KEY.pattern}(?:\.(?P<status>start|end))?\.root")
 TEMPORARY = (".tmp", ".part", ".partial", ".swp", "~")
 
-# A 400 is not always about the file. These say that the token or the URL is wrong (the words of gunicorn and nginx) …
+# A 400 is not always about the file. These messages say that the token or the URL is wrong (some are of gunicorn and nginx) …
 MISCONFIGURED_MESSAGES = (
     "Must pass a token!",
     "Received token, but it is invalid!",
@@ -59,7 +59,7 @@ MISCONFIGURED_MESSAGES = (
 )
 # … and these that the bytes were damaged on their way.
 DAMAGED_MESSAGES = ("The header sha256 differs", "The body ended")
-# Moved for good, forbidden, not found and the like: an answer about the request, which would be the same for any file.
+# Moved permanently, forbidden, not found and the like: these are about the request, so every file would get the same answer.
 MISCONFIGURED_STATUSES = (301, 308, 403, 404, 405, 411, 414, 415, 431, 501, 505)
 
 
@@ -87,7 +87,7 @@ class Result(NamedTuple):
 
     @property
     def acknowledged(self) -> bool:
-        """Whether the receiver has stored this very file."""
+        """Whether the receiver has stored these bytes."""
         return self.outcome in ("stored", "duplicate", "replaced")
 
 
@@ -167,7 +167,7 @@ class Sender:
             try:
                 sha256 = self._sha256(file, before)
                 result = self._post(address, make_headers(upload, size, sha256), file)
-                if identity_of(file) != before:  # the answer is about bytes that the file no longer has
+                if identity_of(file) != before:  # the file no longer has the bytes that the answer is about
                     result = Result("failed", "The file changed while it was sent")
             except (OSError, http.client.HTTPException) as error:
                 result = Result("failed", f"{type(error).__name__}: {error}")
@@ -285,7 +285,7 @@ def identity_of(file: BinaryIO) -> tuple[int, int, int, int]:
 
 
 def classify_answer(status: int, body: bytes, size: int, sha256: str) -> Result:
-    """Return the result that an answer to a file of this size and SHA-256 means."""
+    """Translate an answer into a result; the file has this size and SHA-256."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
@@ -306,7 +306,7 @@ def classify_answer(status: int, body: bytes, size: int, sha256: str) -> Result:
 
 
 def classify_success(answer: dict[str, Any], size: int, sha256: str) -> Result:
-    """Return the result of a 200: the receiver must name the very bytes that were sent."""
+    """Return the result of a 200, which must name the size and SHA-256 of the bytes that were sent."""
     if answer.get("sha256") != sha256 or answer.get("size") != size:
         return Result("failed", "HTTP 200, but for other bytes than were sent", 200)
     outcome = next((name for name in ("duplicate", "replaced") if answer.get(name) is True), "stored")
@@ -320,13 +320,12 @@ def classify_success(answer: dict[str, Any], size: int, sha256: str) -> Result:
 class Spool:
     """A folder whose files are sent.
 
-    A file is first moved to `sending/AGENT.RUN.TIME/`. Its key, AGENT.RUN.TIME, then survives restarts, and a later file
-    of the same name cannot be mistaken for it. At the end it is moved to `sent/` or `refused/`; `sent/` tells which
-    keys are taken.
+    A file is first moved to `sending/AGENT.RUN.TIME/`. So its key, AGENT.RUN.TIME, survives restarts, and a later file of the
+    same name is not mistaken for it. At the end it is moved to `sent/` or `refused/`. `sent/` shows which keys are taken.
     """
 
     def __init__(self, folder: Path, run: int | None, agent: str | None) -> None:
-        """Raises BlockingIOError where another process works on the folder."""
+        """Raises BlockingIOError if another process works on the folder."""
         self._folder, self._run, self._agent = folder, run, agent
         self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -348,7 +347,7 @@ class Spool:
         os.close(self._lock)
 
     def process(self, sender: Sender, report: Callable[[Upload, Result], None]) -> bool:
-        """Send all files, oldest first; return whether none is left to be tried again."""
+        """Send all files, oldest first; return whether none must be tried again."""
         complete, tries = self._adopt_new_files(), sender.patience.tries
         for upload in self._pending():
             result = sender.send(upload, tries)
@@ -366,7 +365,7 @@ class Spool:
         return complete
 
     def _adopt_new_files(self) -> bool:
-        """Move the complete files to `sending/`, oldest first; return whether none had to stay."""
+        """Move the complete files to `sending/`, oldest first; return whether all were moved."""
         for folder in self._sending.iterdir():
             with contextlib.suppress(OSError):
                 folder.rmdir()  # left empty by a process that was killed
@@ -376,7 +375,7 @@ class Spool:
         return complete
 
     def _key_of(self, path: Path, written: int) -> str:
-        """Return AGENT.RUN.TIME, from the file's name or else from the command line and its modification time in ns."""
+        """Return AGENT.RUN.TIME from the file's name, or from the command line and its modification time in ns."""
         named = SPOOL_NAME.fullmatch(path.name)
         if named:
             return f"{named['agent']}.{int(named['run'])}.{int(named['time'])}"
@@ -402,7 +401,7 @@ class Spool:
             except FileExistsError:
                 if named:  # the file with this key is sent first
                     return False
-            # Another file has this second. One would replace the other at the receiver, so this one takes the next second.
+            # Another file has this second, and the receiver would replace one by the other. So this one takes the next second.
             written = (written // 10**9 + 1) * 10**9
             with contextlib.suppress(OSError):  # the file may belong to another user
                 os.utime(path, ns=(written, written))
@@ -483,7 +482,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--agent", type=agent_name, help="agent: letters, digits, - and _")
     add("--time-stamp", type=number(LAST_TIME_STAMP), help="Unix seconds (default: the file's modification time)")
     add("--status", choices=("start", "end"), help="the file starts or ends a set of data")
-    add("--check", action="store_true", help="ask what the receiver would answer; nothing is stored")
+    add("--check", action="store_true", help="ask for the receiver's answer; nothing is stored")
     add("--spool", metavar="DIR", type=Path, help="send the files of a folder, until the program is ended")
     add("--once", action="store_true", help="with --spool: go through the folder once")
     add("--interval", metavar="S", type=float, default=5.0, help="with --spool: seconds between two passes (5)")
