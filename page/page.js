@@ -29,7 +29,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** A stranger's text, kept from reordering what stands beside it. */
+/** Text from a sender, in an element of its own so that its writing direction cannot reorder the text around it. */
 const foreign = (text) => make("bdi", {}, String(text));
 
 const link = (parameters, ...children) => make("a", { href: address(parameters) }, ...children);
@@ -175,7 +175,7 @@ async function getJson(path) {
   return content;
 }
 
-/** Get JSON; what the receiver does not know is empty. */
+/** Get JSON, or `empty` if the receiver answers 404. */
 async function getJsonOr(empty, path) {
   try {
     return await getJson(path);
@@ -351,7 +351,7 @@ function updateCell(row, index, content, column) {
   else if (!before.isEqualNode(cell)) before.replaceWith(cell);
 }
 
-/** What stands in a cell that is to be marked. */
+/** The contents of a table cell that is marked. */
 class Cell {
   constructor(kind, ...contents) {
     this.kind = kind;
@@ -451,7 +451,7 @@ function updateList(list, items) {
   while (list.children.length > items.length) list.lastElementChild.remove();
 }
 
-/** What is to be said of an agent in one word, and how bad it is. */
+/** The state of an agent in a few words, and its severity. */
 function stateOfAgent(agent, isCurrent) {
   if (!agent.last_arrival) return { kind: "bad", short: "nothing accepted", text: ["nothing accepted"] };
   const last = new Date(agent.last_arrival);
@@ -464,7 +464,7 @@ function stateOfAgent(agent, isCurrent) {
   return { kind: "good", short: "sending", text: [agent.started ? "sending" : "sending; no start came"] };
 }
 
-/** The lines above the tables: what is wrong, the worst first, or that nothing is. */
+/** The lines above the tables: the problems, the worst first, or that there are none. */
 function findProblems(view) {
   const { agents, missing } = view.summary;
   const entries = Object.entries(agents).map(([name, agent]) => ({
@@ -753,7 +753,7 @@ async function whileWaiting(button, action) {
   }
 }
 
-/** What is arriving now, whatever the run. */
+/** The uploads of all runs that are arriving now. */
 class AllUploadsView {
   constructor({ agent, outcome } = {}) {
     Object.assign(this, { agent, outcome, title: "All uploads" });
@@ -1026,7 +1026,7 @@ class RemoteFile {
     this.error = undefined; // "gone" or "replaced"
   }
 
-  /** See whether the file is still there, and the same. */
+  /** Find out whether the file is still there and unchanged. */
   async look() {
     if (this.error) return;
     const headers = this.etag ? { "If-None-Match": this.etag } : {};
@@ -1048,7 +1048,7 @@ class RemoteFile {
     this.onChange();
   }
 
-  /** Await an answer; undefined where the file is no longer there, or no longer the same. */
+  /** Await an answer; undefined if the file is gone or a different one has its name. */
   async guard(answer) {
     try {
       return await answer;
@@ -1151,7 +1151,7 @@ function canBeDrawn(className, bases) {
   return false;
 }
 
-/** Take out of an object what may not be drawn, wherever JSROOT would find it; return the functions that are not seen. */
+/** Remove the parts of an object that must not be drawn, wherever JSROOT would find them; return the functions that are not drawn. */
 function prepare(object, bases, depth = 0) {
   if (!object || typeof object !== "object" || depth > DEEPEST) return [];
   for (const owner of [object, object.fXaxis, object.fYaxis, object.fZaxis]) {
@@ -1208,7 +1208,7 @@ class Drawings {
     this.message = make("p", { class: "notice" });
   }
 
-  /** Go on with what a lost connection has interrupted. */
+  /** Continue the work that a lost connection has interrupted. */
   wake() {
     if (!this.opening && !this.root) this.opening = this.open();
     for (const { cell } of this.element.querySelectorAll("figure[data-state=waiting], section[data-waits]")) {
@@ -1432,7 +1432,7 @@ class Drawings {
     setState(cell, "message");
   }
 
-  /** What is to be read in the place of a drawing, or below it. */
+  /** The text in the place of a drawing, or below it. */
   inWords(object, item) {
     if (!object) return { message: "Empty." };
     if (object._typename === "TObjString") return { message: utf8(object.fString ?? "") };
@@ -1485,7 +1485,7 @@ function setState(cell, state) {
   cell.state = cell.figure.dataset.state = state;
 }
 
-/** What a directory lists, newest cycles only, to be read by key: a `;` or `/` in a name misleads JSROOT. */
+/** The keys of a directory, newest cycles only. Objects are read by key: a `;` or `/` in a name misleads JSROOT. */
 function keyItems(keys, drawings) {
   const newest = new Map();
   for (const key of keys) {
@@ -1707,7 +1707,7 @@ function show(next, { focus = false } = {}) {
   view.element.querySelector("h1")?.focus({ preventScroll: true });
 }
 
-/** Open what the address names. */
+/** Open the view that the address names. */
 function route({ focus = true } = {}) {
   follows = !/[a-z]/.test(location.hash);
   notice.hide();
