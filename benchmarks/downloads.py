@@ -56,7 +56,7 @@ def downloads(options: common.Options) -> list[list[str]]:
 def copied(folder: Path) -> str:
     """Say which system calls send the bytes of a download of 100 MB, whole and by Range."""
     if shutil.which("strace") is None:
-        return "strace is not installed: nobody has looked at the system calls."
+        return "strace is not installed, so the system calls were not counted."
     with common.server(folder, "receiver", 1) as server:
         name = NAME.format(run=1, minute=0, second=1)
         (server.data / name).write_bytes(os.urandom(SIZES["100 MB"]))

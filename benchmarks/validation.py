@@ -136,7 +136,7 @@ def check_in_two_threads(path: Path) -> None:
 def main() -> None:
     options = common.options(__doc__, rounds=15)
     before = other_version()
-    gc.freeze()  # as gunicorn.conf.py does
+    gc.freeze()  # so that collections during a validation do not look at the modules
     rows, more, changes = [], [], []
     for name, content in FILES.items():
         path = common.file(options.folder, name)

@@ -59,7 +59,7 @@ def zlib_of_empty_blocks(size: int) -> bytes:
 
 
 def lz4_of_short_sequences(size: int) -> bytes:
-    """Return an LZ4 block of matches of four bytes without literals, behind its hash."""
+    """Return an LZ4 block of matches of four bytes without literals, after its hash."""
     stored = b"\x40" + bytes(4) + b"\4\0" + b"\0\4\0" * ((size - 24) // 4) + b"\xc0" + bytes(12)
     return struct.pack(">Q", xxhash.xxh64_intdigest(stored)) + stored
 

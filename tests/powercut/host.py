@@ -144,7 +144,7 @@ def _living(group: int) -> Iterator[bool]:
 
 @dataclass
 class Result:
-    """What came of the power cuts of one file system."""
+    """The result of the power cuts of one file system."""
 
     cuts: int = 0
     acknowledged: int = 0
