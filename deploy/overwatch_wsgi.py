@@ -1,11 +1,11 @@
-"""Overwatch with the DQM receiver mounted at /dqm: what uwsgi.ini serves."""
+"""Overwatch with the DQM receiver mounted at /dqm: the application that uwsgi.ini serves."""
 
 import logging
 import os
 import time
 from pathlib import Path
 
-# Where the processes' metrics meet, see uwsgi.ini: prometheus_client looks for it when it is imported.
+# The folder with the metrics of all processes, see uwsgi.ini. prometheus_client reads this variable when it is imported.
 os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", "/run/overwatch/metrics")
 
 import uwsgi
@@ -15,14 +15,14 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import receiver
 
-# One line for each upload, whatever level Overwatch logs at; to Overwatch's handlers, or to standard error.
+# One line for each upload at any log level of Overwatch, to Overwatch's handlers or to standard error.
 logging.basicConfig()
 logging.getLogger("dqm_receiver").setLevel(logging.INFO)
 
-# What a process that ends says of the present moment is no longer true.
+# The gauges of a process that ends, such as uploads in progress, must end with it.
 uwsgi.atexit = lambda: multiprocess.mark_process_dead(os.getpid())
 
-# There from the first start of a process on; uwsgi.ini empties the folder.
+# This file exists after the first start of a process; uwsgi.ini empties the folder.
 SERVED = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], "served")
 
 
