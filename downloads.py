@@ -73,7 +73,7 @@ def _set_body(request: Request, response: Response, file: BufferedReader, size: 
 
 def conditional(request: Request, response: Response) -> Response:
     """Return an answer with its ETag, or 304 if the client has it; raises PreconditionFailed."""
-    response.add_etag()  # of the content, where it has none yet
+    response.add_etag()  # of the content, if it has none yet
     response.make_conditional(_without_if_match_any(request))
     if response.status_code == 412:
         raise PreconditionFailed("The answer is not the one that the condition names")

@@ -29,8 +29,8 @@ MAX_XZ_MEMORY = 256 << 20  # bytes
 # Processor time. The dearest honest files, empty histograms in XZ, need about half of it; those in other codecs need less.
 MAX_SECONDS = 30.0
 MIN_SECONDS = 1.0
-BYTES_PER_SECOND = 1_000_000  # of the file; so many bytes add a second to the budget
-INFLATED_PER_SECOND = 400_000_000  # inflated bytes; so many add a second, too
+BYTES_PER_SECOND = 1_000_000  # bytes of the file that allow another second
+INFLATED_PER_SECOND = 400_000_000  # inflated bytes that allow another second
 
 _INFLATE_CHUNK = 1 << 16  # bytes inflated at once, by codecs that allow it
 _XZ_END = 64  # bytes: room for the end of a block, its CRC, an index of one block and the stream's footer

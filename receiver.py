@@ -502,7 +502,7 @@ class Receiver:
 
 
 def is_client_gone(request: ReceiverRequest) -> bool:
-    """Return whether the client has closed its connection, where the server shows it (gunicorn)."""
+    """Return whether the client has closed its connection. Only gunicorn shows the connection; elsewhere this is False."""
     client = request.environ.get("gunicorn.socket")
     if not isinstance(client, socket.socket):
         return False

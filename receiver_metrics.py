@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, counted where things happen.
+"""Metrics for Prometheus, counted as things happen.
 
 If PROMETHEUS_MULTIPROC_DIR is in the environment before prometheus_client is imported (gunicorn.conf.py), the workers of a host share
 their figures through memory-mapped files in that folder. Several receivers of one process share these, too. The label `folder` tells

@@ -102,8 +102,8 @@ KEY_SIZES = struct.Struct(">ihiIh")  # the fields that both have in common
 _PROCESS_ID_BITS = (1 << 48) - 1  # the 16 bits above these in a 64-bit fSeekPdir are TKey's fPidOffset
 SHORTEST_KEY = KEY.size + 3  # three empty strings
 BASKET = struct.Struct(">iiB")  # fNevBuf, fLast and a flag, with which the key of a TBasket ends
-_BASKET_SIZE = 19  # bytes of TBasket's own fields in all; one more where the third, fNevBufSize, is negative
-LONGEST_KEY = (1 << 15) + (1 << 10)  # fKeylen has 15 bits; a listed key whose name was changed may be longer
+_BASKET_SIZE = 19  # bytes of TBasket's own fields in all; one more if the third, fNevBufSize, is negative
+LONGEST_KEY = (1 << 15) + (1 << 10)  # fKeylen has 15 bits, and a listed key whose name was changed may be longer
 
 
 def read_key(reader: Reader, start: int, end: int, subject: object, is_listed: bool = False) -> tuple[Key, bytes]:
