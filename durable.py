@@ -1,6 +1,6 @@
 """The parts that storage and receipts share: folders held by descriptor, the lock, group commit, and the translation of OSErrors.
 
-Every name in the data folder is used relative to a descriptor of its folder, and links are not followed. So an account that may write
+Every name in the data folder is used relative to a descriptor of its folder, and links in it are not followed. So an account that may write
 to the data folder cannot lead the receiver elsewhere by planting a link, and the receiver notices a swapped folder.
 """
 

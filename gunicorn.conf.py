@@ -11,7 +11,7 @@ from typing import Any
 
 import gunicorn_worker
 
-# prometheus_client looks for it when it is imported, which the application does.
+# prometheus_client reads this variable when the application imports it.
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = gunicorn_worker.metrics_folder()
 
 wsgi_app = "receiver:create_app()"

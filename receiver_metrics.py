@@ -24,7 +24,7 @@ REASON_CLASSES = (
 )  # fmt: skip
 OTHER = "other"
 
-_MAX_AGENTS = 200  # that have series of their own, because a sender can invent agents
+_MAX_AGENTS = 200  # agents with series of their own; a sender can invent agents
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _NAME = "dqm_receiver_"
 

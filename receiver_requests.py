@@ -33,7 +33,7 @@ _MAX_FORM_PARTS = 16
 _MAX_PADDING = 100  # blanks after a boundary (RFC 2046, 5.1.1, "transport-padding")
 _QUOTES = "a boundary with = or / must stand in quotes"
 _MAX_LIMIT = 1000  # entries on one page of a list
-_MIN_RATE = 1024  # bytes a second that a refused body must keep
+_MIN_RATE = 1024  # bytes a second; a slower refused body is not read on
 
 
 class RequestRefused(Exception):
@@ -123,7 +123,7 @@ class ReceiverRequest(Request):
 
 
 class Body:
-    """A request body, counted while it is read. An error while it is read means that the sender must send it again."""
+    """A request body, counted while it is read. An error while it is read is answered 400."""
 
     def __init__(self, environ: WSGIEnvironment, length: int) -> None:
         self._stream = get_input_stream(environ)
