@@ -4,8 +4,8 @@ A ROOT file is a header and a chain of records. Each record is a key (lengths, p
 directory is a record whose payload points to a key list: a record that repeats the keys of the directory's objects.
 
 `check_root_file` follows the directories and notes the records that they refer to. Then it walks the chain once from end to
-end. It compares each record with its copy in the key list and inflates each payload within the size that its key claims. It
-builds no object and keeps no payload. At last uproot, a second and independent reader, must find the same top-level objects.
+end. It compares the key of each record with its copy in the key list and inflates each payload within the size that the key
+claims. It builds no object and keeps no payload. Finally uproot, a second and independent reader, must find the same keys.
 
 A file is valid if CERN ROOT opens it in silence and lists keys of it. A file is invalid if ROOT repairs it, complains of it or
 crashes on it, or if a record is damaged so that its codec or its own lengths show it.
