@@ -29,6 +29,7 @@ REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 NO_FILE = "No file uploaded and the payload was empty"
 
 _FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
+_FORM_TAIL = 512  # bytes at the end of a form that are read as a piece of their own
 _MAX_FORM_PARTS = 16
 _MAX_PADDING = 100  # blanks after a boundary (RFC 2046, 5.1.1, "transport-padding")
 _QUOTES = "a boundary with = or / must stand in quotes"
@@ -261,7 +262,10 @@ def form_events(request: ReceiverRequest) -> Iterator[Event]:
     try:
         while not isinstance(event := decoder.next_event(), Epilogue):
             if isinstance(event, NeedData):
-                decoder.receive_data(request.body.read(_FORM_CHUNK) or None)
+                # Werkzeug (3.1.9) searches a piece that holds a boundary by a slow expression, so the closing one gets a small piece.
+                left = (request.content_length or 0) - request.body.received
+                size = min(_FORM_CHUNK, left - _FORM_TAIL) if left > _FORM_TAIL else _FORM_CHUNK
+                decoder.receive_data(request.body.read(size) or None)
                 # If a chunk ends inside a delimiter line, Werkzeug (3.1.9) adds the CR before that line to the file.
                 while ends_in_delimiter(decoder.buffer, delimiter) and not decoder.complete:
                     decoder.receive_data(request.body.read(len(delimiter)) or None)
