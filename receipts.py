@@ -111,7 +111,9 @@ class ReceiptLog:
     """The logs of all runs below a data folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Folder(".receipts", Folder(str(folder.absolute())))
+        data = Folder(str(folder.absolute()))
+        data.open()  # at the start: later its path may lead to an empty folder, the disk of which is not mounted
+        self.folder = Folder(".receipts", data)
         self._begin_process()
         this = weakref.ref(self)
 

@@ -146,11 +146,11 @@ class Receiver:
                 min_free_space=settings.min_free_space,
                 max_rejected=settings.max_rejected,
             )
+            self.receipts = ReceiptLog(settings.data_folder)
         except (OSError, StorageError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             folder = f"DQM_RECEIVER_DATA_FOLDER {settings.data_folder}"
             raise ConfigurationError(f"{folder} cannot be used: {why}") from error
-        self.receipts = ReceiptLog(settings.data_folder)
         self.summaries = Summaries(self.receipts)
         self.metrics = Metrics(str(self.storage.folder))
         cores = len(os.sched_getaffinity(0))
