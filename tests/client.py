@@ -24,6 +24,7 @@ NAME = "testagenthistos_123_DQM_1970_01_01_01_03_54.root"  # what these headers 
 AUTH = {"token": TOKEN}
 FILES = "/rest/api/files"
 URL = f"{FILES}/{NAME}"
+HIDDEN = (".incoming", ".replaced", ".rejected", ".receipts")
 
 # How often an experiment with chance in it is repeated, and where its chance begins.
 ROUNDS = int(os.environ.get("DQM_FAULT_ROUNDS", "3"))

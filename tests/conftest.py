@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def make_app(folder: Path) -> Callable[..., receiver.Receiver]:
 @pytest.fixture
 def client(make_app: Callable[..., receiver.Receiver]) -> Client:
     return Client(make_app())
+
+
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that makes seconds pass at once, for whatever asks time.monotonic."""
+    genuine, passed = time.monotonic, 0.0
+
+    def pass_seconds(seconds: float) -> None:
+        nonlocal passed
+        passed += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: genuine() + passed)
+    return pass_seconds
 
 
 @pytest.fixture

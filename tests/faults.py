@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import random
+import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -17,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from client import HEADERS, HISTOGRAMS, PROJECT, Reply, visible
+from client import FILES, HEADERS, HISTOGRAMS, PROJECT, Reply, incoming
+from history import History, judge, look, receipts_in, sha256_of
 
 INVALID = HISTOGRAMS[:3000] + bytes(2000) + HISTOGRAMS[5000:]
-ACCEPTED = ("stored", "duplicate", "replaced")
 
 Sent = tuple[str, str]  # the name and the SHA-256 of an upload
 
@@ -43,128 +47,135 @@ def headers_of(time_stamp: int, run: int = 123, agent: str = "testagent") -> dic
     return {**HEADERS, "timeStamp": str(time_stamp), "runNumber": str(run), "amoreAgent": agent}
 
 
+def sent(*bodies: bytes, time_stamp: int = 234) -> list[Sent]:
+    return [(name_of(time_stamp), sha256(body)) for body in bodies]
+
+
 def variant(chance: random.Random, size: int = 0) -> bytes:
     """Return a valid file that no other equals: ROOT reads nothing behind the end of its data."""
     return HISTOGRAMS + chance.randbytes(size or chance.randrange(16, 4000))
 
 
-def replaced(folder: Path, name: str = "") -> list[bytes]:
-    """Return the contents that were preserved when a different file took a name."""
-    return [path.read_bytes() for path in (folder / ".replaced").glob(f"{name}*") if path.is_file()]
-
-
-def uploads_in_progress(folder: Path) -> list[str]:
-    """Return the files in `.incoming/` but for the locks of writers."""
-    paths = sorted((folder / ".incoming").rglob("*"))
-    return [str(path.relative_to(folder)) for path in paths if path.is_file() and path.name != "lock"]
-
-
-def all_receipts(folder: Path) -> list[dict[str, Any]]:
-    """Return the receipts of all runs; a line that a crash has torn is none."""
-    found = []
-    for path in sorted((folder / ".receipts").rglob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                receipt = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(receipt, dict) and "outcome" in receipt:
-                found.append(receipt)
-    return found
+def uploads_in_progress(folder: Path) -> list[Path]:
+    return incoming(folder)
 
 
 def outcomes(folder: Path) -> Counter[str]:
-    return Counter(receipt["outcome"] for receipt in all_receipts(folder))
+    return Counter(receipt["outcome"] for receipt in receipts_in(folder))
+
+
+def empty(folder: Path) -> None:
+    """Take all accepted files and all receipts away, as Overwatch and an operator may at any time."""
+    for path in (*folder.glob("*.root"), *folder.glob(".replaced/*"), *folder.glob(".receipts/*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def taken_files(folder: Path) -> list[Sent]:
+    """Return the files that a consumer has moved to a folder, as `<number>-<name>`."""
+    return [(path.name.partition("-")[2], sha256_of(path)) for path in folder.iterdir()]
 
 
 def assert_promise(
-    folder: Path,
-    acknowledged: Iterable[Sent],
-    *,
-    unsure: Iterable[Sent] = (),
-    taken: Path | None = None,
+    folder: Path, acknowledged: Iterable[Sent], *, unsure: Iterable[Sent] = (), taken: Iterable[Sent] = ()
 ) -> None:
     """Raise BrokenPromise unless the folder holds all that was acknowledged, and shows nothing that was not sent whole.
 
-    `unsure` uploads may have happened: they were answered 500, 503 or not at all. `taken` is the folder to which a consumer
-    moves visible files as `<name>.<anything>`.
+    The order of the uploads is unknown. `unsure` ones may have happened: they were answered 500, 503 or not at all.
     """
-    acknowledged = Counter(acknowledged)
-    sent = acknowledged.keys() | set(unsure)
-    shown = {(name, sha256(content)) for name, content in visible(folder).items()}
-    kept = {(path.name.partition(".root")[0] + ".root", sha256(path.read_bytes())) for path in _files(folder, taken)}
-    problems = [f"{name} shows bytes that were not sent ({digest[:8]})" for name, digest in sorted(shown - sent)]
-    problems += [f"the upload of {name} ({digest[:8]}) is lost" for name, digest in acknowledged.keys() - shown - kept]
-    if taken is None:
-        names = {name for name, _ in acknowledged} - {name for name, _ in shown}
-        problems += [f"the name {name} has vanished" for name in sorted(names)]
-    lines = Counter(
-        (receipt["filename"], receipt["sha256"]) for receipt in all_receipts(folder) if receipt["outcome"] in ACCEPTED
-    )
-    problems += [
-        f"{number} uploads of {upload[0]} ({upload[1][:8]}) were acknowledged, {lines[upload]} have a receipt"
-        for upload, number in acknowledged.items()
-        if lines[upload] < number
-    ]
-    problems += [
-        f"a receipt tells of {name} ({digest[:8]}), which is nowhere" for name, digest in lines.keys() - kept - shown
-    ]
-    if problems:
-        raise BrokenPromise("\n".join(problems))
-
-
-def _files(folder: Path, taken: Path | None) -> Iterable[Path]:
-    for place in (folder / ".replaced", taken):
-        if place is not None and place.is_dir():
-            yield from (path for path in place.iterdir() if path.is_file())
+    history = History()
+    history.acknowledged = [history.send(*upload) for upload in acknowledged]
+    for upload in unsure:
+        history.send(*upload)
+    if wrong := judge(look(folder), history, taken=taken):
+        raise BrokenPromise(json.dumps(wrong, indent=1))
 
 
 def assert_nothing_left(folder: Path) -> None:
     """Raise BrokenPromise if `.incoming/` holds an upload; to be asked when none is in progress."""
-    left = uploads_in_progress(folder)
-    if left:
-        raise BrokenPromise(f"left behind: {', '.join(left)}")
+    if left := incoming(folder):
+        raise BrokenPromise(f"left behind: {', '.join(map(str, left))}")
 
 
-PROGRAM = Path(__file__).with_name("faulty_receiver.py")
+# --- uploads in two halves ---------------------------------------------------------------------------------------------
 
 
-def faulty_receiver(*arguments: str) -> list[str]:
-    """Return the command that runs that program, from PROJECT."""
-    return [sys.executable, str(PROGRAM), *arguments]
+def begin_upload(port: int, body: bytes, time_stamp: int, **more: str) -> socket.socket:
+    """Send the head and half of a body."""
+    peer = socket.create_connection(("127.0.0.1", port), timeout=30)
+    fields = {**headers_of(time_stamp), **more, "Content-Length": str(len(body)), "Host": "localhost"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    peer.sendall(f"POST {FILES} HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])
+    return peer
+
+
+def end_upload(peer: socket.socket, body: bytes) -> int:
+    """Send the other half and return the status."""
+    with peer:
+        peer.sendall(body[len(body) // 2 :])
+        response = http.client.HTTPResponse(peer)
+        response.begin()
+        response.read()
+        return response.status
+
+
+# --- receivers in processes of their own -------------------------------------------------------------------------------
+
+
+class ForkServer:
+    """Forks processes of faulty_receiver.py, as its imports take a second."""
+
+    def __init__(self, *prefix: str) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            program = str(Path(__file__).with_name("faulty_receiver.py"))
+            self._process = subprocess.Popen(
+                [*prefix, sys.executable, program, str(theirs.fileno())],
+                cwd=PROJECT,
+                env={**os.environ, "PYTHONPATH": str(PROJECT)},
+                pass_fds=[theirs.fileno()],
+            )
+
+    def fork(self) -> socket.socket:
+        """Fork a process and return the connection to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._socket, [b"f"], [theirs.fileno()])
+        return ours
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
 
 
 class Process:
-    """A receiver in a process of its own, without HTTP, that does as it is told: see faulty_receiver.Served."""
+    """A process that carries out commands: the methods of faulty_receiver.Served or EveryStep."""
 
-    def __init__(self, folder: Path, *, start: bool = True, prefix: tuple[str, ...] = (), **settings: str) -> None:
-        self.folder = folder
+    def __init__(
+        self, server: ForkServer, folder: Path, *, kind: str = "Served", start: bool = True, **settings: str
+    ) -> None:
         self.forks: list[int] = []
-        self._process = subprocess.Popen(
-            [*prefix, *faulty_receiver("serve", str(folder))],
-            cwd=PROJECT,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self._process.pid
+        with server.fork() as connection:
+            self._lines = connection.makefile("rw")
+        self._write([kind, str(folder)])
+        self.pid = int(self._lines.readline())
+        self._handle = os.pidfd_open(self.pid)  # readable when the process has ended
         if start:
             self.do("start", **settings)
 
+    def _write(self, line: object) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
     def begin(self, command: str, **arguments: object) -> None:
-        """Have a command carried out; `result` waits for its end."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([command, arguments]) + "\n")
-        self._process.stdin.flush()
+        """Begin a command; `result` waits for its end."""
+        self._write([command, arguments])
 
     def result(self) -> Any:
         """Return the result of the command begun first; raises ConnectionError if the process has died."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._lines.readline()
         if not line:
-            self._process.wait()
-            raise ConnectionError(f"the process has ended with status {self._process.returncode}")
+            self._wait()
+            raise ConnectionError("the process has ended")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -184,12 +195,8 @@ class Process:
     def get(self, path: str) -> Reply:
         return Reply(*self.do("get", path=path))
 
-    def batch(self, bodies: Iterable[bytes]) -> list[Reply]:
-        """Send files of one name at once."""
-        return [Reply(*result) for result in self.do("batch", uploads=[upload(body) for body in bodies])]
-
     def fault(self, pattern: str, action: str, times: int = 1) -> None:
-        """Take an action at the next steps, so many, that match: see faulty_receiver.Steps."""
+        """Take an action at the next `times` steps that match: see faulty_receiver.Steps."""
         self.do("fault", pattern=pattern, action=action, times=times)
 
     def fork(self, *uploads: dict[str, Any]) -> list[Reply]:
@@ -198,24 +205,31 @@ class Process:
         self.forks.append(pid)
         return [Reply(*result) for result in results]
 
+    def wait_for_death(self) -> None:
+        """Wait until the process has died in the command begun first."""
+        with contextlib.suppress(ConnectionError):
+            raise BrokenPromise(f"the process lives: {self.result()}")
+
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        signal.pidfd_send_signal(self._handle, number)
+
+    def _wait(self) -> None:
+        select.select([self._handle], [], [])
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+        self._wait()
 
     def close(self) -> None:
         self.kill()
+        os.close(self._handle)
         for pid in self.forks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self._lines.close()
 
 
 def upload(body: bytes, time_stamp: int = 234, **more: str) -> dict[str, Any]:
-    """Return a file as Process hands it on."""
+    """Return a file as an argument of a command."""
     return {"body": body.hex(), "headers": {**headers_of(time_stamp), **more}}

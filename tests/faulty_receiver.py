@@ -1,10 +1,9 @@
-"""A receiver in which, at a step that is named, a call fails, the process dies, or another process comes between.
+"""A receiver in which, at a named step, a call fails, the process dies, or another process comes between.
 
-A step is a call on a path in the data folder, named by what the process does, the call, and the path with its random parts
-left out: `upload: rename .incoming/<id> -> NAME`. The second of equal steps ends in `#2`.
+A step is a call on a path in the data folder. Its name has the phase, the call, and the path without its random parts:
+`upload: rename .incoming/<id> -> NAME`. The second of equal steps ends in `#2`.
 
-    faulty_receiver.py every-step FOLDER SITUATION ACTION   take the action at each step in turn, print what came of it
-    faulty_receiver.py serve FOLDER                         do what the lines of standard input say (see faults.Process)
+    faulty_receiver.py SOCKET   fork a process for each descriptor that arrives on a socket (see faults.ForkServer)
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import os
 import re
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,52 +29,35 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from client import FILES, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, settings, visible
-from faults import (
-    INVALID,
-    BrokenPromise,
-    Sent,
-    assert_promise,
-    headers_of,
-    name_of,
-    replaced,
-    sha256,
-)
+from client import FILES, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, hidden, settings, tree, visible
+from faults import INVALID, BrokenPromise, Sent, assert_promise, headers_of, name_of, sha256, taken_files
 from werkzeug.test import Client
 
 import receiver
+import storage
+import uploads
 
 BODIES = {"histograms": HISTOGRAMS, "profiles": PROFILES, "graphs": GRAPHS, "invalid": INVALID}
 BASE = 234  # the time stamp of the upload under test
 
 # Calls that change the folder, by the name that steps have; `create` is an `open` that may create or truncate.
 TWO_PATHS = {"link": "link", "rename": "rename", "replace": "rename"}
-TO_PATH = {"symlink": "symlink"}
-TO_DESCRIPTOR = {"sendfile": 0, "copy_file_range": 1}
 CHANGES = {
-    **{
-        name: name
-        for name in ("mkdir", "rmdir", "unlink", "truncate", "utime", "chmod", "mkfifo", "fchmod", "ftruncate")
-    },
-    **{name: "write" for name in ("write", "pwrite", "writev", "pwritev")},
+    **{name: name for name in ("mkdir", "rmdir", "unlink", "truncate", "utime", "chmod", "fchmod", "ftruncate")},
+    **dict.fromkeys(("write", "pwrite", "writev", "pwritev", "posix_fallocate"), "write"),
+    **dict.fromkeys(("fsync", "fdatasync"), "fsync"),
     "remove": "unlink",
-    "fsync": "fsync",
-    "fdatasync": "fsync",
-    "posix_fallocate": "write",
 }
 LOOKS = {
-    **{
-        name: name
-        for name in ("stat", "lstat", "fstat", "scandir", "listdir", "close", "access", "statvfs", "fstatvfs")
-    },
-    **{name: "read" for name in ("read", "pread", "readv", "preadv")},
+    **{name: name for name in ("stat", "lstat", "fstat", "scandir", "listdir", "close", "access", "fstatvfs")},
+    **dict.fromkeys(("read", "pread", "readv", "preadv"), "read"),
 }
-CHANGING = {"create", "flock", *TWO_PATHS.values(), *TO_PATH, *TO_DESCRIPTOR, *CHANGES.values()}
+CHANGING = {"create", "flock", *TWO_PATHS.values(), *CHANGES.values()}
 
 # Which calls can fail with which error.
 ERRORS = {
     "EIO": {*CHANGING, "open", "read", "scandir", "listdir"},
-    "ENOSPC": {"create", "write", "link", "rename", "symlink", "mkdir", "fsync", "ftruncate", *TO_DESCRIPTOR},
+    "ENOSPC": {"create", "write", "link", "rename", "mkdir", "fsync", "ftruncate"},
     "EMFILE": {"create", "open", "scandir", "listdir"},
     "EACCES": {"create", "open", "link", "rename", "unlink", "mkdir", "rmdir", "utime", "scandir", "listdir", "access"},
     "ESTALE": {*CHANGING, "open", *LOOKS.values()},
@@ -84,10 +67,13 @@ ERRORS = {
 class Steps:
     """Names the calls of this process on a data folder, and takes an action at one of them.
 
-    Actions: "kill before", "kill after"; an error ("EIO"), an error though the call has been made ("EIO after"), an error at
-    this call and every later one of its kind ("EIO for good"); "torn" (half of the bytes are written, then ENOSPC), "short"
-    (half of the bytes are written); "stop" (SIGSTOP); "read-only" (so is the disk from here on); "nothing"; or a function, which is called before the call and returns
-    one of those.
+    Actions:
+
+    - "kill before", "kill after" the call, "stop" before it (SIGSTOP)
+    - "EIO" or another error, "EIO after": the call is made and fails all the same, "EIO for good": all later ones fail, too
+    - "torn": half of the bytes are written, then ENOSPC; "short": half of the bytes are written
+    - "read-only": the disk is read-only from here on; "nothing"
+    - a function, which is called before the call and returns one of those
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,18 +90,17 @@ class Steps:
         self._busy = threading.local()
 
     def install(self) -> None:
-        """Put wrappers in the place of the functions of `os` and of `fcntl.flock`."""
-        calls = {**TWO_PATHS, **TO_PATH, **dict.fromkeys(TO_DESCRIPTOR, "write"), **CHANGES, **LOOKS, "open": "open"}
-        for function, call in calls.items():
+        """Wrap the functions of `os`, and `fcntl.flock`."""
+        for function, call in {**TWO_PATHS, **CHANGES, **LOOKS, "open": "open"}.items():
             setattr(os, function, self._wrapped(getattr(os, function), function, call))
         fcntl.flock = self._wrapped(fcntl.flock, "flock", "flock")
 
     def at(self, pattern: str, action: str | Callable[[], str], times: int = 1) -> None:
-        """Take the action at the first steps, so many, whose name without the phase and number matches."""
+        """Take the action at the next `times` steps that match: by full name, or by a pattern of call and path."""
         self.pattern, self.action, self.times = pattern, action, times
 
     def stop(self) -> None:
-        """Take no action any more."""
+        """Take no further action."""
         self.times, self.lasting = 0, set()
 
     def _wrapped(self, real: Callable[..., Any], function: str, call: str) -> Callable[..., Any]:
@@ -144,15 +129,11 @@ class Steps:
     # --- names of steps ------------------------------------------------------------------------------------------------
 
     def _path(self, function: str, arguments: tuple[Any, ...], more: dict[str, Any]) -> str | None:
-        """Return the path, or the two paths, of a call as steps have them; None if they are not in the folder."""
+        """Return the path, or the two paths, in the name of a step; None if they are not in the folder."""
         if function in TWO_PATHS:
             source = self._relative(arguments[0], more.get("src_dir_fd"))
             target = self._relative(arguments[1], more.get("dst_dir_fd"))
             return None if source is None and target is None else f"{source} -> {target}"
-        if function in TO_PATH:
-            return self._relative(arguments[1], more.get("dir_fd"))
-        if function in TO_DESCRIPTOR:
-            return self._relative(arguments[TO_DESCRIPTOR[function]], None)
         return self._relative(arguments[0] if arguments else more.get("path", "."), more.get("dir_fd"))
 
     def _relative(self, path: Any, dir_fd: int | None) -> str | None:
@@ -234,7 +215,7 @@ class Steps:
 
 
 def normalized(path: str) -> str:
-    """Return a path relative to the data folder without what is random in it."""
+    """Return a path relative to the data folder, with its random parts replaced."""
     if not path:
         return "."
     parts = path.split("/")
@@ -247,7 +228,7 @@ def normalized(path: str) -> str:
 
 # --- every step --------------------------------------------------------------------------------------------------------
 
-# What is in the folder before, and what is sent: by the names of BODIES.
+# The file that is in the folder before, and the file that is sent: names of BODIES.
 SITUATIONS = {
     "a new folder": (None, "histograms"),
     "a taken name": ("profiles", "histograms"),
@@ -258,8 +239,7 @@ SITUATIONS = {
 RIVALS = {"rival": GRAPHS, "equal rival": HISTOGRAMS}
 # The steps without which no byte or name is durable.
 DURABLE = re.compile(r"upload: (fsync (\.|NAME|\.incoming/(<id>/)?<id>|\.replaced(/<id>)?)|write \.incoming/\S+)( #|$)")
-RIVAL_WAIT = 0.5  # seconds for which a process that may hold a lock waits for its rival
-SHORT_LOCK_TIMEOUT = 2.0  # seconds; shorter than the real one
+SHORT_LOCK_TIMEOUT = 2.0  # seconds; shorter than the real ones
 
 
 def send(app: Any, body: bytes, time_stamp: int = BASE, **more: str) -> tuple[int, Any]:
@@ -268,7 +248,7 @@ def send(app: Any, body: bytes, time_stamp: int = BASE, **more: str) -> tuple[in
 
 
 class Child:
-    """A forked process that runs a function; its reports arrive as lines of JSON, the last ones before a SIGKILL too."""
+    """A forked process that runs a function. Its reports are lines of JSON; all arrive, also those just before a SIGKILL."""
 
     def __init__(self, function: Callable[[Callable[..., None], int], None]) -> None:
         self._out, out = os.pipe()
@@ -294,21 +274,18 @@ class Child:
         self._data = b""
 
     def reports(self, seconds: float) -> Iterator[dict[str, Any]]:
-        """Yield the reports until the process has ended, or until so many seconds have passed: see `running`."""
-        end = time.monotonic() + seconds
-        while True:
+        """Yield the reports until the process has ended; raise BrokenPromise after so many seconds without one."""
+        while self.running:
             line, newline, rest = self._data.partition(b"\n")
             if newline:
                 self._data = rest
                 yield json.loads(line)
-                continue
-            if not select.select([self._out], [], [], max(0.0, end - time.monotonic()))[0]:
-                return
-            piece = os.read(self._out, 65536)
-            if not piece:
+            elif not select.select([self._out], [], [], seconds)[0]:
+                raise BrokenPromise(f"a process has not ended after {seconds} s")
+            elif piece := os.read(self._out, 65536):
+                self._data += piece
+            else:
                 self.status = os.waitpid(self.pid, 0)[1]
-                return
-            self._data += piece
 
     @property
     def running(self) -> bool:
@@ -318,33 +295,34 @@ class Child:
         os.write(self._go, b"g")
 
     def end(self, seconds: float = 60.0) -> dict[str, Any]:
-        """Wait for the end and return all reports as one."""
-        reports: dict[str, Any] = {}
-        for report in self.reports(seconds):
-            reports.update(report)
-        if self.running:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            raise BrokenPromise(f"a process has not ended after {seconds} s")
-        self.close()
-        return reports
+        """Wait for the end and return the remaining reports as one."""
+        with contextlib.closing(self):
+            return {name: value for report in self.reports(seconds) for name, value in report.items()}
 
     def close(self) -> None:
+        """End the process if it is still running."""
+        if self.running:
+            os.kill(self.pid, signal.SIGKILL)
+            self.status = os.waitpid(self.pid, 0)[1]
         os.close(self._out)
         os.close(self._go)
 
 
 class EveryStep:
-    """Takes one action at each step of an upload in turn, each time in a process and a folder of their own."""
+    """Takes one action at each step of an upload in turn, each time in a new process and a new folder."""
 
-    def __init__(self, base: Path, situation: str, action: str) -> None:
+    def __init__(self, base: Path) -> None:
+        self.folder, self.template, self.taken = base / "data", base / "template", base / "taken"
+
+    def attempts(self, situation: str, action: str) -> list[dict[str, Any]]:
+        """Take an action at each step; return the result of each attempt."""
         self.situation, self.action = situation, action
         self.kind = action.partition(", then ")[0]
         before, new = SITUATIONS[situation]
         self.before, self.new = BODIES[before] if before else None, BODIES[new]
         self.valid = new != "invalid"
-        self.folder, self.template, self.taken = base / "data", base / "template", base / "taken"
         self.prepare()
+        return [self.attempt(step) for step in self.steps()]
 
     def prepare(self) -> None:
         """Make the folder that each attempt begins with."""
@@ -363,8 +341,7 @@ class EveryStep:
 
         def run(report: Callable[..., None], go: int) -> None:
             app = self.make_app()
-            left = sorted(str(path.relative_to(self.folder)) for path in (self.folder / ".incoming").rglob("*"))
-            report(left=left)
+            report(left=sorted(tree(self.folder / ".incoming")))
             status, answer = send(app, body, time_stamp)
             report(status=status, answer=answer)
 
@@ -374,7 +351,7 @@ class EveryStep:
         return receiver.create_app(settings(self.folder))
 
     def upload(self, report: Callable[..., None], go: int, step: str, action: str | Callable[[], str]) -> None:
-        """Run a receiver from its start to the end of two uploads, with an action at a step."""
+        """Start a receiver and send it two files, with an action at a step."""
         steps = Steps(self.folder)
         steps.install()
         steps.at(step, action)
@@ -396,13 +373,12 @@ class EveryStep:
     # --- actions that take a function ----------------------------------------------------------------------------------
 
     def function(self, report: Callable[..., None], go: int) -> str | Callable[[], str]:
-        """Return the action, as it is taken in a child."""
+        """Return the action of a child; of another program, a function."""
         read, rename, unlink = os.read, os.rename, os.unlink
 
         def take() -> str:
-            self.taken.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                rename(self.folder / NAME, self.taken / f"{NAME}.{time.monotonic_ns()}")
+                rename(self.folder / NAME, self.taken / f"0-{NAME}")
             return "nothing"
 
         def let_rival_go() -> str:
@@ -425,7 +401,7 @@ class EveryStep:
     # --- attempts ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[str]:
-        """Return the steps at which the action can be taken, in the order in which an upload comes to them."""
+        """Return the steps at which the action can be taken, in order."""
         self.restore()
         trace = Child(lambda report, go: self.upload(report, go, "", "nothing")).end()["trace"]
         calls = CHANGING
@@ -445,45 +421,58 @@ class EveryStep:
     def restore(self) -> None:
         for path in (self.folder, self.taken):
             shutil.rmtree(path, ignore_errors=True)
+        self.taken.mkdir()
         if self.template.exists():
             shutil.copytree(self.template, self.folder, symlinks=True)
 
     def attempt(self, step: str) -> dict[str, Any]:
-        """Take the action at one step; return what came of it, with `problem` where the promise is broken."""
+        """Take the action at one step; return both answers, and the problem if the promise is broken."""
         self.restore()
         unchanged = visible(self.folder) if self.folder.exists() else {}
-        child = Child(lambda report, go: self.upload(report, go, step, self.function(report, go)))
         said: dict[str, Any] = {}
-        rival: Child | None = None
+        problem = None
+
+        def run(report: Callable[..., None], go: int) -> None:
+            self.upload(report, go, step, self.function(report, go))
+
         try:
-            for report in child.reports(60):
-                said.update(report)
-                if "rival" in report:
-                    rival = Child(self.rival)
-                    for content in rival.reports(RIVAL_WAIT):
-                        said.update(content)
-                    child.go()
-            if child.running:
-                raise BrokenPromise("the process has not ended after 60 s")
-            if rival is not None and rival.running:
-                said.update(rival.end())
+            with contextlib.ExitStack() as stack:
+                child = stack.enter_context(contextlib.closing(Child(run)))
+                rival: Child | None = None
+                for report in child.reports(60):
+                    said.update(report)
+                    if "rival" in report:
+                        rival = stack.enter_context(contextlib.closing(Child(self.rival)))
+                        for content in rival.reports(60):
+                            said.update(content)
+                            if "rival_waits" in content:  # for the lock of the child, which must go on first
+                                break
+                        child.go()
+                for content in rival.reports(60) if rival else ():
+                    said.update(content)
             self.check(step, said, child.status, unchanged)
-            problem = None
         except BrokenPromise as error:
             problem = str(error)
-        finally:
-            if child.running:
-                os.kill(child.pid, signal.SIGKILL)
-                os.waitpid(child.pid, 0)
-            child.close()
         return {"step": step, "status": said.get("status"), "next": said.get("next"), "problem": problem}
 
     def rival(self, report: Callable[..., None], go: int) -> None:
+        """Send a file of the same name; report when `.lock` is held by the other process."""
+        flock = fcntl.flock
+
+        def report_wait(fd: Any, operation: int) -> None:
+            try:
+                flock(fd, operation)
+            except BlockingIOError:
+                if os.readlink(f"/proc/self/fd/{fd}").endswith("/.lock"):
+                    report(rival_waits=True)
+                raise
+
+        fcntl.flock = report_wait
         status, answer = send(self.make_app(), RIVALS[self.kind])
         report(rival_status=status, rival_answer=answer)
 
     def check(self, step: str, said: dict[str, Any], status: int | None, unchanged: dict[str, bytes]) -> None:
-        """Raise BrokenPromise where answers and folder do not agree."""
+        """Raise BrokenPromise if the answers and the folder disagree."""
         killed = self.action.startswith("kill")
         if killed != os.WIFSIGNALED(status or 0) or not killed and status:
             raise BrokenPromise(f"the process ended with wait status {status}")
@@ -504,7 +493,7 @@ class EveryStep:
         other = (name_of(1), sha256(PROFILES))
         if "next" in said:
             (acknowledged if said["next"] == 200 else unsure).append(other)
-        taken = self.taken if self.action == "take" else None
+        taken = taken_files(self.taken)
         if self.folder.exists():
             assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken)
         # A new process, without the fault.
@@ -518,12 +507,12 @@ class EveryStep:
             if visible(self.folder)[NAME] != self.new:
                 raise BrokenPromise("the file that was sent again has not its name")
         assert_promise(self.folder, acknowledged, unsure=unsure, taken=taken)
-        was_replaced = self.before is not None and self.before != self.new and self.valid and taken is None
-        if was_replaced and self.before not in replaced(self.folder, NAME):
+        was_replaced = self.before is not None and self.before != self.new and self.valid and not taken
+        if was_replaced and self.before not in hidden(self.folder, ".replaced"):
             raise BrokenPromise("the bytes that were replaced are not preserved")
 
     def check_answer(self, step: str, said: dict[str, Any], unchanged: dict[str, bytes]) -> None:
-        """Raise BrokenPromise where an answer says what it must not."""
+        """Raise BrokenPromise if an answer is not allowed after this action."""
         status = said.get("status")
         expected = {None, 200, 500, 503, 507} if self.valid else {None, 400, 500, 503, 507}
         if status not in expected:
@@ -543,28 +532,17 @@ class EveryStep:
                 raise BrokenPromise(f"the next upload was answered {said['next']}: {said.get('next_answer')}")
 
 
-def every_step(base: Path, situation: str, action: str) -> None:
-    """Print a line of JSON for each attempt."""
-    attempts = EveryStep(base, situation, action)
-    for step in attempts.steps():
-        print(json.dumps(attempts.attempt(step)), flush=True)
-
-
-# --- a process that does as it is told ---------------------------------------------------------------------------------
+# --- processes that carry out commands ---------------------------------------------------------------------------------
 
 
 class Served:
-    """A receiver that carries out commands: methods of this class, with the arguments of faults.Process."""
+    """A receiver without HTTP. Its methods are the commands of faults.Process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.steps = Steps(folder)
         self.steps.install()
         self.app: Any = None
-
-    def run(self, name: str, arguments: dict[str, Any]) -> object:
-        result: object = getattr(self, name)(**arguments)
-        return result
 
     def start(self, **more: str) -> None:
         self.app = receiver.create_app(settings(self.folder, **more))
@@ -602,7 +580,7 @@ class Served:
             return list(pool.map(send_one, uploads))
 
     def race(self, role: str, number: int, rounds: int, threads: int, agent: str) -> list[list[Any]]:
-        """Send files in turn from several threads; return status, time stamp, content and answer of each."""
+        """Send files one after the other from each of several threads; return status, time stamp and SHA-256 of each."""
 
         def send_some(thread: int) -> list[list[Any]]:
             results = []
@@ -611,20 +589,20 @@ class Served:
                     app = receiver.create_app(settings(self.folder))
                 text, time_stamp = CONTENTS[role](number * threads + thread, turn)
                 body = HISTOGRAMS + text.encode()
-                status, answer = send(app if role == "starting" else self.app, body, time_stamp, amoreAgent=agent)
-                results.append([status, time_stamp, sha256(body), answer])
+                status, _ = send(app if role == "starting" else self.app, body, time_stamp, amoreAgent=agent)
+                results.append([status, time_stamp, sha256(body)])
             return results
 
         with ThreadPoolExecutor(threads) as pool:
             return [result for results in pool.map(send_some, range(threads)) for result in results]
 
     def fork(self, commands: list[tuple[str, dict[str, Any]]]) -> tuple[int, list[object]]:
-        """Carry out commands in a forked child, which lives on; return its id and their results."""
+        """Carry out commands in a forked child, which lives on; return its process id and the results."""
         out, end = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(0)
-            results = [self.run(name, arguments) for name, arguments in commands]
+            results = [getattr(self, name)(**arguments) for name, arguments in commands]
             os.write(end, json.dumps(results).encode())
             os.close(end)
             os.close(1)
@@ -635,7 +613,7 @@ class Served:
             return pid, json.load(pipe)
 
 
-# What a sender sends in a turn of a race, and with which time stamp.
+# The content and time stamp of a file in a race, by role: of a sender and a turn.
 CONTENTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
     "equal": lambda sender, turn: (f"content {turn}", turn),
     "different": lambda sender, turn: (f"content {sender} {turn}", turn % 2),
@@ -644,27 +622,38 @@ CONTENTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
 }
 
 
-def serve(folder: Path) -> None:
-    """Answer each line of standard input, [command, arguments], with a line: {"result": ...} or {"error": ...}."""
-    served = Served(folder)
+def serve() -> None:
+    """Carry out the lines of standard input: first [kind, folder], then [command, arguments]; answer each with a line."""
+    kind, folder = json.loads(sys.stdin.readline())
+    served: object = {"Served": Served, "EveryStep": EveryStep}[kind](Path(folder).resolve())
+    print(os.getpid(), flush=True)
     for line in sys.stdin:
         name, arguments = json.loads(line)
         try:
-            answer = {"result": served.run(name, arguments)}
-        except Exception as error:  # noqa: BLE001  it is the other side's
+            answer = {"result": getattr(served, name)(**arguments)}
+        except Exception as error:  # noqa: BLE001  the other side raises it
             traceback.print_exc()
             answer = {"error": repr(error)}
         print(json.dumps(answer), flush=True)
 
 
 def main() -> None:
-    for module in list(sys.modules.values()):
-        if hasattr(module, "LOCK_TIMEOUT"):
-            vars(module)["LOCK_TIMEOUT"] = SHORT_LOCK_TIMEOUT
-    if sys.argv[1] == "every-step":
-        every_step(Path(sys.argv[2]).resolve(), *sys.argv[3:5])
-    else:
-        serve(Path(sys.argv[2]).resolve())
+    for module in (storage, uploads):
+        vars(module).update({name: SHORT_LOCK_TIMEOUT for name in vars(module) if name.endswith("LOCK_TIMEOUT")})
+    gc.freeze()  # pages that the children do not write to stay shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
+    server = socket.socket(fileno=int(sys.argv[1]))
+    while (received := socket.recv_fds(server, 1, 1))[0]:
+        (connection,) = received[1]
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            server.close()
+            for standard in (0, 1):
+                os.dup2(connection, standard)
+            os.close(connection)
+            serve()
+            os._exit(0)
+        os.close(connection)
 
 
 if __name__ == "__main__":

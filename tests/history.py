@@ -1,8 +1,9 @@
-"""What was sent to receivers and acknowledged, and whether a data folder holds all of it."""
+"""A history of uploads, and the check that a data folder holds all that was acknowledged."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import sys
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 ACCEPTED = ("stored", "duplicate", "replaced")
 
 
-# --- what is there -----------------------------------------------------------------------------------------------------
+# --- the contents of a data folder -------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """What a data folder holds."""
+    """The contents of a data folder."""
 
     visible: dict[str, str]  # file name: SHA-256
     replaced: list[list[str]]  # [file name, SHA-256] of each file in .replaced/
@@ -37,21 +38,17 @@ def sha256_of(path: Path) -> str:
 
 
 def receipts_in(folder: Path) -> list[dict[str, Any]]:
-    """Return the receipts of all runs, read as `.receipts/<run>.jsonl` or `.receipts/<run>/<writer>.jsonl`."""
+    """Return the receipts of all runs; lines that a crash cut short are skipped."""
     found = []
     for path in sorted((folder / ".receipts").rglob("*.jsonl")):
         for line in path.read_bytes().split(b"\n"):
-            try:
-                receipt = json.loads(line)
-            except ValueError:  # torn, or the end
-                continue
-            if isinstance(receipt, dict):
-                found.append(receipt)
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
     return found
 
 
 def look(folder: Path) -> Found:
-    """Return what is in a data folder, without a receiver's help."""
+    """Read a data folder without the receiver's code."""
     if not folder.is_dir():
         return Found({}, [], [], [])
     visible = {path.name: sha256_of(path) for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
@@ -69,20 +66,20 @@ def look(folder: Path) -> Found:
     return Found(visible, replaced, receipts, [str(path.relative_to(folder)) for path in incoming])
 
 
-# --- what was sent -----------------------------------------------------------------------------------------------------
+# --- the history of uploads --------------------------------------------------------------------------------------------
 
 
 class Upload:
-    """One upload: when it was sent and when it ended, as positions in its history."""
+    """An upload. The times at which it was sent and ended are positions in its history."""
 
     def __init__(self, name: str, sha256: str, sent: int) -> None:
         self.name, self.sha256, self.sent = name, sha256, sent
         self.ended = sys.maxsize
-        self.outcome = ""  # of one that was acknowledged
+        self.outcome = ""  # of an acknowledged upload; empty if it is unknown
 
 
 class History:
-    """Uploads in the order in which they were sent, and in that in which they were acknowledged."""
+    """All uploads in the order of their sending, and the acknowledged ones in the order of their answers."""
 
     def __init__(self) -> None:
         self.uploads: list[Upload] = []
@@ -97,7 +94,7 @@ class History:
             return self.uploads[-1]
 
     def end(self, upload: Upload, outcome: str = "") -> None:
-        """Note that an upload cannot take effect any more; with an outcome, that it was acknowledged."""
+        """Record that an upload can no longer take effect; with an outcome, that it was acknowledged."""
         with self._lock:
             self._position += 1
             upload.ended, upload.outcome = self._position, outcome
@@ -106,24 +103,24 @@ class History:
 
 
 def outcome_of(answer: dict[str, Any]) -> str:
-    """Return the outcome that an answer of 200 tells of."""
+    """Return the outcome in an answer of 200."""
     return next((outcome for outcome in ("duplicate", "replaced") if answer.get(outcome)), "stored")
 
 
 def judge(
     found: Found, history: History, count: int | None = None, taken: Iterable[tuple[str, str]] = ()
 ) -> dict[str, list[str]]:
-    """Return what is wrong in a data folder, by kind, when the first `count` acknowledgements had been given.
+    """Return the broken promises by kind, at the time when the first `count` uploads had been acknowledged.
 
-    `taken` are names and checksums that a consumer has moved away.
+    `taken` are names and checksums of files that a consumer has moved away.
     """
     wrong = collections.defaultdict(list)
     promised = history.acknowledged[:count]
     last_sent: dict[str, int] = {}
     for upload in promised:
         last_sent[upload.name] = max(upload.sent, last_sent.get(upload.name, 0))
-    possible = collections.defaultdict(set)  # all that was ever sent for a name
-    current = collections.defaultdict(set)  # of that, what no acknowledged upload has followed
+    possible = collections.defaultdict(set)  # every content that was ever sent for a name
+    current = collections.defaultdict(set)  # those contents that no acknowledged upload has followed
     for upload in history.uploads:
         possible[upload.name].add(upload.sha256)
         if upload.ended >= last_sent.get(upload.name, 0):
@@ -142,8 +139,10 @@ def judge(
             wrong["lost"].append(f"{upload.name} {upload.sha256}")
         if upload.name not in found.visible and upload.name not in names_away:
             wrong["nameless"].append(upload.name)
-    receipts = collections.Counter((name, sha256, outcome) for name, sha256, outcome in found.receipts)
+    receipts = collections.Counter(
+        (name, sha256, known) for name, sha256, outcome in found.receipts for known in (outcome, "")
+    )
     expected = collections.Counter((upload.name, upload.sha256, upload.outcome) for upload in promised)
     wrong["no receipt"] += [" ".join(key) for key in expected - receipts]
     wrong["false receipt"] += [" ".join(key) for key in receipts if key[:2] not in kept]
-    return {kind: sorted(set(what)) for kind, what in wrong.items() if what}
+    return {kind: sorted(set(problems)) for kind, problems in wrong.items() if problems}

@@ -12,17 +12,19 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import clusters
 import pytest
 from client import GRAPHS, HISTOGRAMS, PROFILES, PROJECT, SEED, TOKEN, curl, settings
 from clusters import Cluster
+from faults import variant
 from history import Found, History, judge, look
 from server import Server
-from traffic import Traffic, at_once, body_of, upload
+from traffic import Traffic, at_once, upload
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +35,8 @@ MIDST = 20  # uploads acknowledged before something is killed
 class Pair:
     """Two receivers on one folder, each through its host's mount."""
 
-    def __init__(self, cluster: Cluster, base: Path, name: str) -> None:
-        self.folders = [path / name for path in cluster.paths]
+    def __init__(self, cluster: Cluster, base: Path) -> None:
+        self.folders = [path / base.name for path in cluster.paths]
         self.servers: list[Server] = []
         self.history = History()
         try:
@@ -48,12 +50,33 @@ class Pair:
     def ports(self) -> list[int]:
         return [server.port for server in self.servers]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         for server in self.servers:
             server.stop()
 
-    def traffic(self, **more: float) -> Traffic:
-        return Traffic(self.ports, self.history, SEED, **more)  # type: ignore[arg-type]
+    def disturb(
+        self, what: str, disturb: Callable[[], object], mend: Callable[[], object] = bool, *, ports: Sequence[int] = ()
+    ) -> None:
+        """Disturb the traffic. The receivers at these ports (or both) must go on; once it is mended, both."""
+        with Traffic(self.ports, self.history, SEED) as traffic:
+            traffic.wait(self.ports[0], MIDST, 120)
+            began = time.monotonic()
+            disturb()
+            for port in ports or self.ports:
+                traffic.wait(port, MIDST, 600)
+            seconds = max(traffic.longest_wait(port, began) for port in ports or self.ports)
+            print(f"\n{self.folders[0].name}: {what}: waited for at most {seconds:.1f} s; ", end="")
+            print(f"{len(self.history.acknowledged)} acknowledged")
+            mend()
+            for port in self.ports:
+                traffic.wait(port, MIDST, 300)
+        self.check()
 
     def check(self) -> Found:
         """Check that both hosts show all that was acknowledged, and the same."""
@@ -96,9 +119,8 @@ def cluster(request: pytest.FixtureRequest) -> Cluster:
 
 @pytest.fixture
 def pair(cluster: Cluster, tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(cluster, tmp_path, tmp_path.name)
-    yield pair
-    pair.stop()
+    with Pair(cluster, tmp_path) as pair:
+        yield pair
 
 
 # --- what the commit needs ---------------------------------------------------------------------------------------------
@@ -123,7 +145,7 @@ def test_equal_files_at_once_are_stored_once(pair: Pair) -> None:
 def test_different_files_at_once_are_all_kept(pair: Pair) -> None:
     chance = random.Random(SEED)
     for time_stamp in range(5):
-        at_once([partial(upload, port, pair.history, 1, time_stamp, body_of(chance)) for port in pair.ports * 6])
+        at_once([partial(upload, port, pair.history, 1, time_stamp, variant(chance)) for port in pair.ports * 6])
     assert Counter(sent.outcome for sent in pair.history.acknowledged) == {"stored": 5, "replaced": 55}
     found = pair.check()
     assert len(found.visible) == 5
@@ -154,7 +176,7 @@ def test_what_one_host_stores_the_other_gives_back(pair: Pair) -> None:
 
 
 def test_traffic_through_both_hosts_loses_nothing(pair: Pair) -> None:
-    with pair.traffic() as traffic:
+    with Traffic(pair.ports, pair.history, SEED) as traffic:
         for port in pair.ports:
             traffic.wait(port, 4 * MIDST, 300)
     assert set(traffic.statuses) == {200}
@@ -162,89 +184,53 @@ def test_traffic_through_both_hosts_loses_nothing(pair: Pair) -> None:
 
 
 def test_killed_receiver_leaves_the_other_working(pair: Pair) -> None:
-    with pair.traffic() as traffic:
-        traffic.wait(pair.ports[0], MIDST, 120)
-        killed = time.monotonic()
-        pair.servers[0].kill()
-        traffic.wait(pair.ports[1], MIDST, 120)
-        tell(pair, "receiver killed", traffic.longest_wait(pair.ports[1], killed))
-        pair.servers[0].start()
-        traffic.wait(pair.ports[0], MIDST, 120)
-    pair.check()
+    server = pair.servers[0]
+    pair.disturb("receiver killed", server.kill, server.start, ports=pair.ports[1:])
 
 
 def test_killed_mount_leaves_the_other_working(cluster: Cluster, pair: Pair) -> None:
     if not cluster.mounts:
         pytest.skip("this mount belongs to the kernel")
-    with pair.traffic() as traffic:
-        traffic.wait(pair.ports[0], MIDST, 120)
-        killed = time.monotonic()
-        cluster.mounts[0].kill()
-        pair.servers[0].kill()
-        traffic.wait(pair.ports[1], MIDST, 600)
-        tell(pair, "mount killed", traffic.longest_wait(pair.ports[1], killed))
-        cluster.mounts[0].start()
-        pair.servers[0].start()
-        traffic.wait(pair.ports[0], MIDST, 120)
-    pair.check()
+    host = (cluster.mounts[0], pair.servers[0])
 
+    def kill() -> None:
+        for one in host:
+            one.kill()
 
-def tell(pair: Pair, what: str, seconds: float) -> None:
-    print(f"\n{pair.folders[0].name}: {what}: the other host waited for at most {seconds:.1f} s; ", end="")
-    print(f"{len(pair.history.acknowledged)} acknowledged")
+    def start() -> None:
+        for one in host:
+            one.start()
+
+    pair.disturb("mount killed", kill, start, ports=pair.ports[1:])
 
 
 # --- the file system's own daemons -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ceph_pair(ceph: Cluster, tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(ceph, tmp_path, tmp_path.name)
-    yield pair
-    pair.stop()
-
-
-def test_ceph_restarted_mds_loses_nothing(ceph: Cluster, ceph_pair: Pair) -> None:
-    with ceph_pair.traffic() as traffic:
-        traffic.wait(ceph_pair.ports[0], MIDST, 120)
-        killed = time.monotonic()
+def test_ceph_restarted_mds_loses_nothing(ceph: Cluster, tmp_path: Path) -> None:
+    def restart() -> None:
         ceph.daemons["mds"].kill()
         ceph.daemons["mds"].start()
-        for port in ceph_pair.ports:
-            traffic.wait(port, MIDST, 300)
-        tell(ceph_pair, "MDS restarted", max(traffic.longest_wait(port, killed) for port in ceph_pair.ports))
-    ceph_pair.check()
+
+    with Pair(ceph, tmp_path) as pair:
+        pair.disturb("MDS restarted", restart)
 
 
-def test_ceph_stopped_osd_loses_nothing(ceph: Cluster, ceph_pair: Pair) -> None:
-    with ceph_pair.traffic() as traffic:
-        traffic.wait(ceph_pair.ports[0], MIDST, 120)
-        stopped = time.monotonic()
+def test_ceph_stopped_osd_loses_nothing(ceph: Cluster, tmp_path: Path) -> None:
+    def stop_for_a_while() -> None:
         ceph.daemons["osd"].end()  # SIGSTOP would not do: the only OSD would wait for a lease that it lost meanwhile
         time.sleep(20)
         ceph.daemons["osd"].start()
-        for port in ceph_pair.ports:
-            traffic.wait(port, MIDST, 300)
-        tell(ceph_pair, "OSD stopped for 20 s", max(traffic.longest_wait(port, stopped) for port in ceph_pair.ports))
-    ceph_pair.check()
+
+    with Pair(ceph, tmp_path) as pair:
+        pair.disturb("OSD stopped for 20 s", stop_for_a_while)
 
 
 def test_gluster_killed_brick_loses_nothing(gluster: Cluster, tmp_path: Path) -> None:
-    pair = Pair(gluster, tmp_path, tmp_path.name)
-    try:
-        with pair.traffic() as traffic:
-            traffic.wait(pair.ports[0], MIDST, 120)
-            killed = time.monotonic()
-            clusters.kill_brick(gluster, "3")
-            for port in pair.ports:
-                traffic.wait(port, MIDST, 300)
-            tell(pair, "brick killed", max(traffic.longest_wait(port, killed) for port in pair.ports))
-            clusters.start_bricks(gluster)
-            for port in pair.ports:
-                traffic.wait(port, MIDST, 300)
-        pair.check()
-    finally:
-        pair.stop()
+    with Pair(gluster, tmp_path) as pair:
+        pair.disturb(
+            "brick killed", partial(clusters.kill_brick, gluster, "3"), partial(clusters.start_bricks, gluster)
+        )
 
 
 # --- what goes wrong with caches ---------------------------------------------------------------------------------------
@@ -256,17 +242,14 @@ def test_gluster_default_caches_lose_files(tmp_path: Path) -> None:
         found = clusters.probe(cluster)
         print(found)
         assert found.old_names or found.stale
-        pair = Pair(cluster, tmp_path, tmp_path.name)
-        try:
+        with Pair(cluster, tmp_path) as pair:
             a, b = pair.ports
             for time_stamp in range(10):
                 for port, body in ((a, HISTOGRAMS), (b, PROFILES), (a, GRAPHS)):
                     upload(port, pair.history, 1, time_stamp, body)
             wrong = judge(look(pair.folders[0]), pair.history)
-            print({kind: len(what) for kind, what in wrong.items()}, f"of {len(pair.history.acknowledged)}")
+            print({kind: len(problems) for kind, problems in wrong.items()}, f"of {len(pair.history.acknowledged)}")
             assert wrong["lost"]
-        finally:
-            pair.stop()
 
 
 @only_outside

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
-import shutil
-import subprocess
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,19 +15,22 @@ import pytest
 from client import (
     FILES,
     GRAPHS,
-    HEADERS,
     HISTOGRAMS,
     NAME,
     PROFILES,
     ROUNDS,
     SEED,
+    Reply,
     curl,
+    hidden,
+    incoming,
     post,
     settings,
     visible,
     wait_until,
 )
-from faults import assert_promise, outcomes, sha256, uploads_in_progress, variant
+from faults import INVALID, assert_promise, begin_upload, empty, headers_of, name_of, outcomes, sent, variant
+from history import outcome_of
 from server import Nginx, Server
 
 URL = "https://dqm.example.org"
@@ -62,47 +65,23 @@ def hosts(running: Hosts) -> Hosts:
     for host in (running.a, running.b):
         if host.process.poll() is not None:
             host.start()
-    for path in [
-        *running.folder.glob("*.root"),
-        *running.folder.glob(".replaced/*"),
-        *running.folder.glob(".receipts/*"),
-    ]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    empty(running.folder)
     return running
-
-
-def headers(run: int, time_stamp: int = 234) -> dict[str, str]:
-    return {**HEADERS, "runNumber": str(run), "timeStamp": str(time_stamp)}
-
-
-def half_an_upload(host: Server, folder: Path, run: int) -> subprocess.Popen[bytes]:
-    """Begin an upload that goes on until its sender's standard input is written and closed."""
-    fields = [f"-H{name}: {value}" for name, value in headers(run).items()]
-    sender = subprocess.Popen(
-        ["curl", "-sS", "-T", "-", "-X", "POST", *fields, host.files],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert sender.stdin is not None
-    sender.stdin.write(HISTOGRAMS[:3000])
-    sender.stdin.flush()
-    wait_until(lambda: len(uploads_in_progress(folder)) == 1, 15)
-    return sender
 
 
 # --- names -------------------------------------------------------------------------------------------------------------
 
 
 def test_file_of_one_host_is_served_by_both(hosts: Hosts) -> None:
-    for number, (one, other) in enumerate([(hosts.a, hosts.b), (hosts.b, hosts.a)]):
-        reply = post(one.port, HISTOGRAMS, headers(10 + number))
-        assert reply.status == 200
-        name = reply.json["filename"]
-        assert name in curl(other.files).json["files"]
-        assert curl(f"{other.files}/{name}").body == HISTOGRAMS
-        assert 10 + number in curl(f"{other.url}/rest/api/runs").json["runs"]
-        assert [agent["files"] for agent in hosts.run(10 + number)] == [1, 1]
+    for run, one, other in ((10, hosts.a, hosts.b), (11, hosts.b, hosts.a)):
+        paths = (f"{other.files}/{name_of(234, run)}", f"{other.url}/rest/api/runs/{run}")
+        assert [curl(path).status for path in paths] == [404, 404]  # which is not remembered
+        assert post(one.port, HISTOGRAMS, headers_of(234, run)).status == 200
+        assert [curl(path).status for path in paths] == [200, 200]
+        assert curl(paths[0]).body == HISTOGRAMS
+        assert name_of(234, run) in curl(other.files).json["files"]
+        assert run in curl(f"{other.url}/rest/api/runs").json["runs"]
+        assert [agent["files"] for agent in hosts.run(run)] == [1, 1]
 
 
 def test_hosts_agree_on_duplicates_and_replacements(hosts: Hosts) -> None:
@@ -111,23 +90,20 @@ def test_hosts_agree_on_duplicates_and_replacements(hosts: Hosts) -> None:
     assert post(hosts.b.port, PROFILES).json["replaced"] is True
     assert post(hosts.a.port, PROFILES).json["duplicate"] is True
     assert visible(hosts.folder) == {NAME: PROFILES}
-    assert [path.read_bytes() for path in (hosts.folder / ".replaced").iterdir()] == [HISTOGRAMS]
+    assert hidden(hosts.folder, ".replaced") == [HISTOGRAMS]
     assert outcomes(hosts.folder) == {"stored": 1, "duplicate": 2, "replaced": 1}
 
 
 def test_uploads_of_a_name_through_nginx_lose_nothing(hosts: Hosts) -> None:
     contents = [HISTOGRAMS, PROFILES, GRAPHS] * 6
 
-    def send(number: int) -> Any:
-        answer = hosts.nginx.curl(URL + FILES, "--data-binary", "@-", send=contents[number])
-        assert answer.status == 200, answer
-        return answer.json
+    def send(body: bytes) -> int:
+        return hosts.nginx.curl(URL + FILES, "--data-binary", "@-", send=body).status
 
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(send, range(len(contents))))
-    assert len(answers) == len(contents)
-    assert_promise(hosts.folder, [(NAME, sha256(body)) for body in contents])
-    wait_until(lambda: uploads_in_progress(hosts.folder) == [], 15)
+        assert set(pool.map(send, contents)) == {200}
+    assert_promise(hosts.folder, sent(*contents))
+    wait_until(lambda: incoming(hosts.folder) == [], 15)
     # nginx gave both hosts their share.
     assert all(host.log.read_text().count("upload outcome") >= 3 for host in (hosts.a, hosts.b))
 
@@ -136,7 +112,7 @@ def test_both_hosts_count_the_receipts_of_both(hosts: Hosts) -> None:
     def send(number: int) -> None:
         host = (hosts.a, hosts.b)[number % 2]
         body = HISTOGRAMS[:-100] if number % 5 == 0 else HISTOGRAMS
-        assert post(host.port, body, headers(20, number)).status == (400 if number % 5 == 0 else 200)
+        assert post(host.port, body, headers_of(number, 20)).status == (400 if number % 5 == 0 else 200)
         if number % 7 == 0:  # a host that has looked before must look again
             hosts.run(20)
 
@@ -150,57 +126,59 @@ def test_both_hosts_count_the_receipts_of_both(hosts: Hosts) -> None:
 def test_etag_changes_with_uploads_to_the_other_host(hosts: Hosts) -> None:
     tag = '"none"'
     for time_stamp in range(5):
-        assert post(hosts.a.port, HISTOGRAMS, headers(21, time_stamp)).status == 200
+        assert post(hosts.a.port, HISTOGRAMS, headers_of(time_stamp, 21)).status == 200
         answer = curl(f"{hosts.b.url}/rest/api/runs/21", "-H", f"If-None-Match: {tag}")
         assert answer.status == 200
         assert answer.json["agents"]["testagent"]["files"] == time_stamp + 1
         tag = answer.headers["etag"]
 
 
-def test_early_404_does_not_last_on_either_host(hosts: Hosts) -> None:
-    assert curl(f"{hosts.b.url}/rest/api/runs/123").status == 404
-    assert curl(f"{hosts.b.files}/{NAME}").status == 404
-    assert post(hosts.a.port, HISTOGRAMS).status == 200
-    assert curl(f"{hosts.b.url}/rest/api/runs/123").status == 200
-    assert curl(f"{hosts.b.files}/{NAME}").status == 200
-
-
 def test_two_hosts_keep_every_file_of_a_name(hosts: Hosts) -> None:
     """Both replace one name within a second, over and over: each must see the names as the other left them."""
     chance = random.Random(SEED)
-    bodies = [variant(chance) for _ in range(10 * ROUNDS)] + [PROFILES, GRAPHS] * ROUNDS
+    valid = [variant(chance) for _ in range(10 * ROUNDS)] + [PROFILES, GRAPHS] * (4 * ROUNDS)
+    bodies = valid + [INVALID] * (4 * ROUNDS)
+    chance.shuffle(bodies)
     ports = [(hosts.a, hosts.b)[number % 2].port for number in range(len(bodies))]
+    seen, over = set[bytes](), threading.Event()
 
-    def send(port: int, body: bytes) -> None:
+    def watch() -> None:
+        while not over.wait(0.001):
+            for path in hosts.folder.glob("*.root*"):
+                with contextlib.suppress(FileNotFoundError):
+                    seen.add(path.read_bytes())
+
+    def send(port: int, body: bytes) -> Reply:
         # 503: the name changed ten times while the file was compared with it. A sender sends again.
-        while (status := post(port, body).status) == 503:
+        while (reply := post(port, body)).status == 503:
             pass
-        assert status == 200
+        return reply
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(send, ports, bodies))
-    assert_promise(hosts.folder, [(NAME, sha256(body)) for body in bodies])
+    with ThreadPoolExecutor(9) as pool:
+        watching = pool.submit(watch)
+        try:
+            replies = list(pool.map(send, ports, bodies))
+        finally:
+            over.set()
+        watching.result()
+    assert [reply.status for reply in replies] == [400 if body == INVALID else 200 for body in bodies]
+    assert seen <= set(valid), "a file was visible that is not valid"
+    assert_promise(hosts.folder, sent(*valid))
+    answered = Counter(outcome_of(reply.json) if reply.status == 200 else "rejected" for reply in replies)
+    assert outcomes(hosts.folder) == answered
 
 
 # --- crash recovery ----------------------------------------------------------------------------------------------------
 
 
-def test_host_that_starts_leaves_uploads_of_others(hosts: Hosts) -> None:
-    sender = half_an_upload(hosts.a, hosts.folder, 30)
-    hosts.b.kill()
-    hosts.b.start()
-    assert len(uploads_in_progress(hosts.folder)) == 1
-    out, error = sender.communicate(HISTOGRAMS[3000:], timeout=30)
-    assert json.loads(out)["status"] == 200, error
-
-
 def test_other_host_goes_on_when_one_dies(hosts: Hosts) -> None:
-    sender = half_an_upload(hosts.a, hosts.folder, 31)
-    hosts.a.kill()
-    sender.communicate(timeout=30)
+    with begin_upload(hosts.a.port, HISTOGRAMS, 234, runNumber="31"):
+        wait_until(lambda: len(incoming(hosts.folder)) == 1, 15)
+        hosts.a.kill()
     for time_stamp in range(6):  # nginx passes over the dead host
-        answer = hosts.nginx.curl(URL + FILES, "--data-binary", "@-", headers=headers(31, time_stamp), send=HISTOGRAMS)
+        headers = headers_of(time_stamp, 31)
+        answer = hosts.nginx.curl(URL + FILES, "--data-binary", "@-", headers=headers, send=HISTOGRAMS)
         assert answer.status == 200, answer
     assert curl(f"{hosts.b.url}/rest/api/runs/31").json["agents"]["testagent"]["files"] == 6
     hosts.a.start()
-    wait_until(lambda: uploads_in_progress(hosts.folder) == [], 15)
+    wait_until(lambda: incoming(hosts.folder) == [], 15)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
 import os
 import random
 import re
@@ -20,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from client import FILES, HEADERS, HISTOGRAMS, SEED, curl
-from history import History, judge, look, sha256_of
+from client import HISTOGRAMS, SEED, curl
+from faults import begin_upload, name_of, sha256, variant
+from history import History, judge, look
 from server import Server
-from traffic import AGENT, Traffic, body_of, name_of, upload
+from traffic import Consumer, Traffic, upload
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ class Senders:
 
     def duplicate(self, chance: random.Random, number: int) -> int:
         """Send one file twice."""
-        body = body_of(chance)
+        body = variant(chance)
         upload(self.port, self.history, BASE_RUN, number, body)
         return upload(self.port, self.history, BASE_RUN, number, body)
 
@@ -87,18 +87,21 @@ class Senders:
 
     def cut_off(self, chance: random.Random, number: int) -> int:
         """Send a part of the body, then end or reset the connection."""
-        with self._begin(BASE_RUN + 2, number) as peer:
-            peer.sendall(HISTOGRAMS[: chance.randrange(len(HISTOGRAMS))])
+        with begin_upload(self.port, HISTOGRAMS, number, runNumber=str(BASE_RUN + 2)) as peer:
+            peer.sendall(HISTOGRAMS[: chance.randrange(len(HISTOGRAMS) // 2)])
             if number % 2:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         return 0
 
     def slow(self, chance: random.Random, number: int) -> int:
-        """Send a body within ten seconds."""
-        sent = self.history.send(name_of(BASE_RUN + 3, number), hashlib.sha256(HISTOGRAMS).hexdigest())
-        with contextlib.suppress(OSError), self._begin(BASE_RUN + 3, number) as peer:
-            for start in range(0, len(HISTOGRAMS), 600):
-                peer.sendall(HISTOGRAMS[start : start + 600])
+        """Send the second half of a body within ten seconds."""
+        sent = self.history.send(name_of(number, BASE_RUN + 3), sha256(HISTOGRAMS))
+        with (
+            contextlib.suppress(OSError),
+            begin_upload(self.port, HISTOGRAMS, number, runNumber=str(BASE_RUN + 3)) as peer,
+        ):
+            for start in range(len(HISTOGRAMS) // 2, len(HISTOGRAMS), 300):
+                peer.sendall(HISTOGRAMS[start : start + 300])
                 time.sleep(1)
             answer = peer.recv(100)
             status = int(answer.split()[1]) if answer else 0
@@ -107,48 +110,17 @@ class Senders:
             return status
         return 0
 
-    def _begin(self, run: int, time_stamp: int) -> socket.socket:
-        """Connect and send the head of an upload of HISTOGRAMS."""
-        fields = {**HEADERS, "amoreAgent": AGENT, "runNumber": str(run), "timeStamp": str(time_stamp)}
-        head = f"POST {FILES} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(HISTOGRAMS)}\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        peer = socket.create_connection(("127.0.0.1", self.port), 60)
-        peer.sendall(f"{head}\r\n".encode())
-        return peer
-
-
-class Consumer:
-    """Takes files away, as Overwatch does, each some seconds after it came."""
-
-    def __init__(self, folder: Path, away: Path) -> None:
-        self.folder, self.away = folder, away
-        self.taken: list[tuple[str, str]] = []
-        away.mkdir()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._over.wait(0.5):
-            for path in list(self.folder.glob("*.root")):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_ctime > 3:
-                        target = self.away / f"{len(self.taken)}-{path.name}"
-                        path.rename(target)
-                        self.taken.append((path.name, sha256_of(target)))
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join()
-
 
 def test_soak_loses_nothing_and_leaks_nothing(make_server: Callable[..., Server], folder: Path, tmp_path: Path) -> None:
     server, history = make_server("--workers", "2"), History()
-    consumer, senders = Consumer(folder, tmp_path / "away"), Senders(server.port, history)
+    senders = Senders(server.port, history)
     uses: list[tuple[Use, Use]] = []  # of the master and of its workers, at the end of each minute
     began = time.monotonic()
     try:
-        with Traffic([server.port], history, SEED, senders=6, pause=PAUSE) as traffic:
+        with (
+            Consumer(folder, tmp_path / "away", age=3) as consumer,
+            Traffic([server.port], history, SEED, senders=6, pause=PAUSE) as traffic,
+        ):
             minute = 0
             while time.monotonic() < began + 60 * MINUTES:
                 minute += 1
@@ -159,7 +131,6 @@ def test_soak_loses_nothing_and_leaks_nothing(make_server: Callable[..., Server]
                     os.kill(server.process.pid, signal.SIGHUP)
     finally:
         senders.stop()
-        consumer.stop()
     statuses = {"ordinary": traffic.statuses, "special": senders.statuses}
     print(f"{len(history.acknowledged)} acknowledged, {len(consumer.taken)} taken away, {statuses}")
     assert set(traffic.statuses) == {200}

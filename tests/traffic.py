@@ -1,42 +1,31 @@
-"""Threads that send files to receivers and remember what was answered."""
+"""Traffic for experiments: senders in threads that record their uploads, and a consumer that takes files away."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
 import http.client
 import itertools
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Self
-from zoneinfo import ZoneInfo
 
-from client import HEADERS, HISTOGRAMS, post
+from client import post
+from faults import Sent, headers_of, name_of, sha256, taken_files, variant
 from history import History, outcome_of
 
-AGENT = "EMC"
-
-
-def name_of(run: int, time_stamp: int) -> str:
-    at = datetime.fromtimestamp(time_stamp, ZoneInfo("Europe/Zurich"))
-    return f"{AGENT}histos_{run}_DQM_{at:%Y_%m_%d_%H_%M_%S}.root"
-
-
-def body_of(chance: random.Random) -> bytes:
-    """Return a valid file that no other upload has: ROOT reads nothing behind the end of its data."""
-    return HISTOGRAMS + chance.randbytes(chance.randrange(16, 4000))
+LARGE = 3 << 20  # bytes
 
 
 def upload(port: int, history: History, run: int, time_stamp: int, body: bytes, seconds: float = 120.0) -> int:
     """Upload a file, remember it, and return the status: 0 without an answer."""
-    sent = history.send(name_of(run, time_stamp), hashlib.sha256(body).hexdigest())
-    headers = {**HEADERS, "amoreAgent": AGENT, "runNumber": str(run), "timeStamp": str(time_stamp)}
+    sent = history.send(name_of(time_stamp, run), sha256(body))
     try:
-        status, answer = post(port, body, headers, seconds)
+        status, answer = post(port, body, headers_of(time_stamp, run), seconds)
     except (OSError, http.client.HTTPException, ValueError):
         return 0  # it may take effect yet
     if status == 200:
@@ -50,13 +39,22 @@ def upload(port: int, history: History, run: int, time_stamp: int, body: bytes, 
 class Traffic:
     """Senders in threads, so many for each port: half of the uploads have new names, half contended ones.
 
-    A port that refuses connections is tried again, as a sender does. `pause` is the mean time between uploads of a thread.
+    A port that refuses connections is tried again, as a sender does. `pause` is the mean time between the uploads of a
+    thread, `large` the share of large files.
     """
 
     def __init__(
-        self, ports: Sequence[int], history: History, seed: int, senders: int = 3, run: int = 100, pause: float = 0.0
+        self,
+        ports: Sequence[int],
+        history: History,
+        seed: object,
+        senders: int = 3,
+        run: int = 100,
+        *,
+        pause: float = 0.0,
+        large: float = 0.0,
     ) -> None:
-        self.history, self.run, self.pause = history, run, pause
+        self.history, self.run, self.pause, self.large = history, run, pause, large
         self.statuses: collections.Counter[int] = collections.Counter()
         self.answered: dict[int, list[float]] = {port: [] for port in ports}  # when an upload was acknowledged
         self.failed: list[BaseException] = []
@@ -84,7 +82,8 @@ class Traffic:
             while not self._over.is_set():
                 time_stamp += 1
                 name = (run, time_stamp) if chance.random() < 0.5 else (self.run, 90_000 + chance.randrange(5))
-                status = upload(port, self.history, *name, body_of(chance))
+                body = variant(chance, LARGE if chance.random() < self.large else 0)
+                status = upload(port, self.history, *name, body)
                 self.statuses[status] += 1
                 if status == 200:
                     self.answered[port].append(time.monotonic())
@@ -113,17 +112,43 @@ class Traffic:
         return max(later - earlier for earlier, later in itertools.pairwise(moments))
 
 
+class Consumer:
+    """Takes visible files away, as Overwatch does, once they are some seconds old."""
+
+    def __init__(self, folder: Path, away: Path, age: float = 0.0) -> None:
+        self.folder, self.away, self.age = folder, away, age
+        away.mkdir()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def taken(self) -> list[Sent]:
+        return taken_files(self.away)
+
+    def _run(self) -> None:
+        number = itertools.count()
+        while not self._over.wait(0.001 + self.age / 10):
+            for path in self.folder.glob("*.root"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_ctime >= self.age:
+                        path.rename(self.away / f"{next(number)}-{path.name}")
+
+
 def at_once(calls: Sequence[Callable[[], object]]) -> None:
     """Make calls in threads of their own, as nearly at once as may be."""
     barrier = threading.Barrier(len(calls))
 
     def make(call: Callable[[], object]) -> None:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            barrier.wait(30)
+        barrier.wait(30)
         call()
 
-    threads = [threading.Thread(target=make, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(make, calls))
