@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,19 @@ from history import History, judge, look, receipts_in, sha256_of
 INVALID = HISTOGRAMS[:3000] + bytes(2000) + HISTOGRAMS[5000:]
 
 Sent = tuple[str, str]  # the name and the SHA-256 of an upload
+
+
+def failing(error: int, call: Callable[..., Any] | None = None, when: Callable[..., bool] = bool) -> Callable[..., Any]:
+    """Return a function that raises an OSError: always, or in place of the first call for which `when` is true."""
+    done: list[bool] = []
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        if call and (done or not when(*arguments, **more)):
+            return call(*arguments, **more)
+        done.append(True)
+        raise OSError(error, os.strerror(error))
+
+    return fail
 
 
 class BrokenPromise(AssertionError):

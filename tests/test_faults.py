@@ -616,8 +616,10 @@ def test_removed_hidden_folder_comes_back(client: Client, folder: Path, pass_tim
     assert client.get(FILES, headers=HEADERS).status_code == 200
 
 
-@pytest.mark.parametrize("instead", ["a link", "a folder"])
-@pytest.mark.parametrize("name", ["", *HIDDEN])
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [*itertools.product(["", *HIDDEN], ["a folder", "a link"]), *((name, "a link to it") for name in HIDDEN)],
+)
 def test_swapped_folder_holds_nothing_acknowledged(
     client: Client, folder: Path, tmp_path: Path, pass_time: PassTime, name: str, instead: str
 ) -> None:
@@ -626,17 +628,17 @@ def test_swapped_folder_holds_nothing_acknowledged(
     swapped, away, elsewhere = folder / name, tmp_path / "away", tmp_path / "elsewhere"
     elsewhere.mkdir()
     swapped.rename(away)
-    if instead == "a link":
-        swapped.symlink_to(elsewhere)
-    else:
+    if instead == "a folder":
         swapped.mkdir(0o700)
-    before = tree(away)
+    else:
+        swapped.symlink_to(away if instead == "a link to it" else elsewhere)
+    before = tree(swapped), tree(away)
     pass_time(1.1)  # paths and descriptors are compared once a second
     response = send(client, INVALID) if name == ".rejected" else send(client, HISTOGRAMS)
     assert response.status_code == (400 if name == ".rejected" else 503)
     assert client.get("/rest/api/health").status_code == 503
-    assert (tree(swapped), tree(away)) == ({}, before)
-    swapped.unlink() if instead == "a link" else swapped.rmdir()
+    assert (tree(swapped), tree(away)) == before
+    swapped.rmdir() if instead == "a folder" else swapped.unlink()
     away.rename(swapped)
     pass_time(1.1)
     assert send(client, HISTOGRAMS).status_code == 200

@@ -6,24 +6,21 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
-from client import AUTH, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, PROJECT, get, receipts, send
+from client import AUTH, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, get, receipts, send
 from werkzeug.test import Client
 
 import receipt_pages
 import receipts as receipt_module
 import receiver
 import summaries
-from durable import StorageUnavailable
 from receipt_pages import Query, newest
 from receipts import OUTCOMES, Receipt, ReceiptLog, RunNotFound
 from summaries import Summaries
@@ -107,15 +104,18 @@ def test_upload_is_one_line_with_these_fields(client: Client, folder: Path) -> N
     assert modes == [0o700, 0o700]
 
 
-@pytest.mark.parametrize(("outcome", "expected"), [("stored", 1), ("duplicate", 1), ("replaced", 1), ("rejected", 0)])
+@pytest.mark.parametrize("outcomes", [["stored"], ["duplicate"], ["replaced"], ["stored", "rejected"], ["rejected"]])
 def test_only_receipts_that_promise_are_synced(
-    log: ReceiptLog, monkeypatch: pytest.MonkeyPatch, outcome: str, expected: int
+    log: ReceiptLog, folder: Path, synced: list[int], outcomes: list[str]
 ) -> None:
-    log.append(receipt())
-    synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    log.append(receipt(outcome=outcome))
-    assert [path.endswith(".jsonl") for path in synced] == [True] * expected
+    for number in range(2):
+        synced.clear()
+        log._append_batch([receipt(outcome=outcome) for outcome in outcomes])
+        (path,) = folder.glob(".receipts/123/*.jsonl")
+        expected = {path.stat().st_ino} if outcomes != ["rejected"] else set[int]()
+        if number == 0:  # the log is new: so is its name, and those of its folders
+            expected |= {made.stat().st_ino for made in (folder, folder / ".receipts", path.parent)}
+        assert set(synced) == expected
 
 
 def test_receipts_of_many_threads_share_their_syncs(
@@ -131,97 +131,56 @@ def test_receipts_of_many_threads_share_their_syncs(
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", slow)
-    threads = [threading.Thread(target=log.append, args=(receipt(time_stamp=number),)) for number in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(30) as pool:
+        list(pool.map(lambda number: log.append(receipt(time_stamp=number)), range(30)))
     assert sorted(one["time_stamp"] for one in receipts(folder)) == [*range(30), 234]
     assert count <= 10  # of the 30 that receipts without groups take
 
 
 def test_lines_of_a_log_are_in_order(log: ReceiptLog, folder: Path) -> None:
-    def work() -> None:
-        for _ in range(30):
-            log.append(receipt())
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(log.append, [receipt()] * 120))
     (path,) = (folder / ".receipts" / "123").iterdir()
     ids = [json.loads(text)["id"] for text in path.read_text().splitlines()]
     assert ids == sorted(set(ids))
     assert len(ids) == 120
 
 
-WRITER = """
-import os, pathlib, sys
-from receipts import Receipt, ReceiptLog
-log = ReceiptLog(pathlib.Path(sys.argv[1]))
-def work(agent):
-    for number in range(40):
-        log.append(Receipt("stored", f"{agent}{number}", 123, number, agent, 0, "s", 0.1, sha256="0" * 64))
-work("before")
-child = os.fork()
-work("child" if child == 0 else "parent")
-if child: os.waitpid(child, 0)
-"""
+def test_clock_that_steps_back_begins_a_new_log(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = iter((12, 13, 11, 12))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2026, 11, 22, next(hours), tzinfo=tz)
+
+    monkeypatch.setattr(receipt_module, "datetime", Clock)
+    for size in range(4):
+        log.append(receipt(size=size))
+    assert len(list(folder.glob(".receipts/123/*.jsonl"))) == 2
+    assert [one.received_at[11:13] for one in newest(log, 123, Query())[0]] == ["13", "12", "12", "11"]
 
 
-def test_processes_and_forks_have_logs_of_their_own(make_app: MakeApp, folder: Path) -> None:
-    client = Client(make_app())
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], cwd=PROJECT) for _ in range(2)]
-    seen = [0]
-    while any(writer.poll() is None for writer in writers):
-        answer = client.get(RUN, headers=AUTH)
-        if answer.status_code == 200:
-            seen.append(sum(one["files"] + one["duplicates"] for one in (answer.json or {})["agents"].values()))
-        time.sleep(0.02)
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert seen == sorted(seen)
-    found = Counter((one["agent"], one["time_stamp"]) for one in receipts(folder))
-    assert found == Counter({(agent, number): 2 for agent in ("before", "child", "parent") for number in range(40)})
-    logs = list((folder / ".receipts/123").iterdir())
-    assert len(logs) == 4
-    assert sorted(len({one["agent"] for one in map(json.loads, path.read_text().splitlines())}) for path in logs) == [
-        1,
-        1,
-        2,
-        2,
-    ]
-
-
-@pytest.mark.parametrize("call", ["write", "fsync"])
-def test_failed_append_begins_a_new_log(
-    log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    log.append(receipt(time_stamp=1))
-    write = os.write
-
-    def fail(fd: int, data: bytes = b"") -> int:
-        if call == "write" and len(data) > 20:
-            return write(fd, data[:20])  # torn
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
-        with pytest.raises(StorageUnavailable):
-            log.append(receipt(time_stamp=2))
-    log.append(receipt(time_stamp=3))
-    assert len(list((folder / ".receipts/123").iterdir())) == 2
-    assert {one["time_stamp"] for one in receipts(folder)} >= {1, 3}
-    assert [one.time_stamp for one in newest(log, 123, Query())[0]][::2] == ([3] if call == "write" else [3, 1])[:2]
+def test_run_is_touched_once_a_minute(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = folder / ".receipts/123"
+    log.append(receipt())
+    os.utime(run, (0, 0))
+    log.append(receipt())
+    assert run.stat().st_mtime == 0
+    monkeypatch.setattr(receipt_module, "_TOUCH_INTERVAL", 0.0)
+    log.append(receipt())
+    assert run.stat().st_mtime > 0
 
 
 @pytest.mark.parametrize("gone", [".receipts", ".receipts/123"])
-def test_archived_folder_is_made_anew(client: Client, folder: Path, gone: str) -> None:
+def test_archived_folder_is_made_anew(
+    client: Client, folder: Path, pass_time: Callable[[float], None], gone: str
+) -> None:
     send(client)
     tag = client.get(RUN, headers=AUTH).headers["ETag"]
     shutil.move(folder / gone, folder.parent / "archive")
     (folder.parent / "archive").touch()
-    time.sleep(1.1)  # a hidden folder is compared with its path once a second
+    pass_time(1.1)  # a hidden folder is compared with its path once a second
     assert client.get(RUN, headers={**AUTH, "If-None-Match": tag}).status_code in (404, 503)
     if gone == ".receipts":  # moved away, and not removed: nothing is acknowledged into a folder that has no path
         shutil.rmtree(folder.parent / "archive")
@@ -230,13 +189,15 @@ def test_archived_folder_is_made_anew(client: Client, folder: Path, gone: str) -
     assert get(client, RUN)["agents"]["testagent"]["files"] == 1
 
 
-def test_log_keeps_a_bounded_number_of_files_open(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receipt_module, "_MAX_OPEN_LOGS", 5)
-    before = len(os.listdir("/proc/self/fd"))
-    for run in [*range(30), *range(30)]:
+def test_least_recently_used_log_is_closed(log: ReceiptLog, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipt_module, "_MAX_OPEN_LOGS", 2)
+    opened = list[int]()
+    for run in (1, 2, 1, 3, 1, 2, *range(4, 30)):
         log.append(receipt(run=run))
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 5 + 2
-    assert log.runs() == list(range(30))
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert [len(list(folder.glob(f".receipts/{run}/*"))) for run in (1, 2, 3)] == [1, 2, 1]
+    assert max(opened) == opened[1]
+    assert log.runs() == list(range(1, 30))
 
 
 # --- reading receipts --------------------------------------------------------------------------------------------------
@@ -277,17 +238,13 @@ def test_paging_goes_beyond_what_one_request_scans(
         line(f"10:{n // 60:02}:{n % 60:02}", time_stamp=n, agent="few" if n % 300 == 0 else "EMC") for n in range(2000)
     ]
     note(folder, *lines)
-    for query, expected in (
-        (Query(50), list(range(1999, -1, -1))),
-        (Query(2, agent="few"), list(range(1800, -1, -300))),
-    ):
+    for query, expected in ((Query(50), [*range(1999, -1, -1)]), (Query(2, agent="few"), [*range(1800, -1, -300)])):
         found, before, requests = list[int](), query.before, 0
         while requests == 0 or before is not None:
             page, before = newest(log, 123, Query(query.limit, before, query.agent))
             found += [one.time_stamp for one in page]
             requests += 1
-            assert requests < 100
-        assert found == expected
+        assert (found, requests >= 20) == (expected, True)
 
 
 def test_old_page_of_a_long_log_is_quick(log: ReceiptLog, folder: Path, parsed: list[bytes]) -> None:
@@ -599,6 +556,29 @@ def test_only_new_receipts_are_read(client: Client, folder: Path, parsed: list[b
     agents = get(client, RUN)["agents"]
     assert [f"{one.decode()}\n" for one in parsed] == new
     assert (agents["A3"]["files"], agents["A4"]["files"], agents["new"]["rejected"]) == (501, 500, 1)
+
+
+def test_summary_opens_one_log_at_a_time(log: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        log.append(receipt(outcome="duplicate" if number else "stored"))
+        log._logs.clear()
+    opened = len(os.listdir("/proc/self/fd"))
+    most = 0
+    from_line = Receipt.from_line
+
+    def count(line: bytes) -> Any:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")) - opened)
+        return from_line(line)
+
+    monkeypatch.setattr(Receipt, "from_line", count)
+    assert Summaries(log).agents(123)["EMC"]["duplicates"] == 4
+    assert most <= 2  # the run's folder and a log
+
+
+def test_damaged_digest_spoils_no_summary(log: ReceiptLog, folder: Path) -> None:
+    log.append(receipt(sha256="\ud800 not hexadecimal"))
+    assert Summaries(log).agents(123)["EMC"]["files"] == 1
 
 
 @pytest.mark.parametrize("how", ["cut", "replaced", "removed"])
