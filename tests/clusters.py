@@ -24,9 +24,8 @@ from typing import NamedTuple, TextIO
 from server import free_port
 
 HOSTS = ("a", "b")
-FOLDERS = os.environ.get(
-    "DQM_CLUSTER_FOLDERS", ""
-)  # of a file system that is mounted twice already: two paths and a colon
+# Two paths and a colon, where a file system is mounted twice already.
+FOLDERS = os.environ.get("DQM_CLUSTER_FOLDERS", "")
 
 
 class NotHere(Exception):
@@ -238,16 +237,9 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
 
         wait_until(active, 300, "MDS")
         for host in HOSTS:
-            command: list[str | Path] = [
-                "ceph-fuse",
-                "-c",
-                conf,
-                "-f",
-                "--pid-file",
-                base / f"{host}.pid",
-                base / f"mount-{host}",
-            ]
-            cluster.mounts.append(Mount(base / f"mount-{host}", command, base / f"mount-{host}.out"))
+            path = base / f"mount-{host}"
+            client = ["ceph-fuse", "-c", conf, "-f", "--pid-file", base / f"{host}.pid", path]
+            cluster.mounts.append(Mount(path, client, base / f"mount-{host}.out"))
         yield cluster
     finally:
         cluster.stop()
@@ -267,17 +259,8 @@ def bindfs(base: Path, cache: int) -> Iterator[Cluster]:
     try:
         for host in HOSTS:
             path = base / f"mount-{host}"
-            command: list[str | Path] = [
-                "bindfs",
-                "-f",
-                "--multithreaded",
-                "--enable-lock-forwarding",
-                "-o",
-                options,
-                base / "shared",
-                path,
-            ]
-            cluster.mounts.append(Mount(path, command, base / f"mount-{host}.out"))
+            program = ["bindfs", "-f", "--multithreaded", "--enable-lock-forwarding", "-o", options]
+            cluster.mounts.append(Mount(path, [*program, base / "shared", path], base / f"mount-{host}.out"))
         yield cluster
     finally:
         cluster.stop()

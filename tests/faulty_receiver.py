@@ -365,7 +365,8 @@ class EveryStep:
             status, answer = send(app, self.new)
             report(status=status, answer=answer)
             steps.phase = "next"
-            steps.stop()
+            if not step.startswith("next"):
+                steps.stop()
             status, answer = send(app, PROFILES, 1)
             report(next=status, next_answer=answer)
         report(trace=steps.trace, fired=steps.fired)
@@ -413,10 +414,13 @@ class EveryStep:
                 calls = calls & CHANGING
         elif not self.action.startswith("kill"):
             calls = CHANGING | {"open", "stat", "lstat"}
-        chosen = [step for step in trace if not step.startswith("next") and step.split()[1] in calls]
-        if not self.action.startswith(("kill", "E")):
-            chosen = [step for step in chosen if step.startswith("upload")]
-        return chosen
+        possible = [step for step in trace if step.split()[1] in calls]
+        chosen = [step for step in possible if not step.startswith("next")]
+        if self.action == "kill before":  # also after the last call
+            return possible[: len(chosen) + 1]
+        if self.action.startswith(("kill", "E")):
+            return chosen
+        return [step for step in chosen if step.startswith("upload")]
 
     def restore(self) -> None:
         for path in (self.folder, self.taken):
