@@ -238,7 +238,7 @@ def cephfs(base: Path, timeout: int = 60, autoclose: int = 300) -> Iterator[Clus
         wait_until(active, 300, "MDS")
         for host in HOSTS:
             path = base / f"mount-{host}"
-            client = ["ceph-fuse", "-c", conf, "-f", "--pid-file", base / f"{host}.pid", path]
+            client: list[str | Path] = ["ceph-fuse", "-c", conf, "-f", "--pid-file", base / f"{host}.pid", path]
             cluster.mounts.append(Mount(path, client, base / f"mount-{host}.out"))
         yield cluster
     finally:
