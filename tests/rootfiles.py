@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable
@@ -11,7 +12,10 @@ from typing import Any, NamedTuple
 import cramjam
 import xxhash
 
+from rootcheck import InvalidRootFile, RootObject, check_root_file
+
 BEGIN = 100  # fBEGIN
+TEXT = b"All histograms of the shift, " * 40
 EMPTY_LIST = struct.pack(">IHHIIBi", 0x40000000 | 17, 5, 1, 0, 0, 0, 0)  # a TList without name and members
 
 # --- payloads ----------------------------------------------------------------------------------------------------------
@@ -40,11 +44,6 @@ def block(letters: bytes, method: int, stored: bytes, size: int) -> bytes:
     return letters + bytes([method]) + len(stored).to_bytes(3, "little") + size.to_bytes(3, "little") + stored
 
 
-def deflated(data: bytes) -> bytes:
-    squeezer = zlib.compressobj(wbits=-15)
-    return squeezer.compress(data) + squeezer.flush()
-
-
 def lz4ed(data: bytes) -> bytes:
     stored = bytes(cramjam.lz4.compress_block(data, store_size=False))
     return struct.pack(">Q", xxhash.xxh64_intdigest(stored)) + stored
@@ -55,7 +54,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "XZ": lambda data: block(b"XZ", 0, lzma.compress(data, check=lzma.CHECK_CRC32, preset=0), len(data)),
     "L4": lambda data: block(b"L4", 1, lz4ed(data), len(data)),
     "ZS": lambda data: block(b"ZS", 1, bytes(cramjam.zstd.compress(data)), len(data)),
-    "CS": lambda data: block(b"CS", 8, deflated(data), len(data)),
+    "CS": lambda data: block(b"CS", 8, zlib.compress(data, wbits=-15), len(data)),
 }
 
 # --- keys --------------------------------------------------------------------------------------------------------------
@@ -109,13 +108,13 @@ class Directory:
 class File:
     """A ROOT file under construction: what is added is appended at once, `close` adds what only then can be known."""
 
-    def __init__(self, *, begin: int = BEGIN, big: bool = False) -> None:
+    def __init__(self, *, begin: int = BEGIN, big: bool = False, streamer_info: bytes | None = EMPTY_LIST) -> None:
         self.begin = begin
         self.big = big
         self.data = bytearray(begin)
         self.directories: list[Directory] = []
         self.free: list[tuple[int, int]] = []  # segments before the last, which follows from the end of the file
-        self.streamer_info: bytes | None = EMPTY_LIST
+        self.streamer_info = streamer_info
         self.unlisted: dict[str, Any] = {}  # in the keys of streamer info and free list, instead of what would be right
         self.room_begins = 0  # instead of the end of the file, in the last free segment
         self.directory_version = 5
@@ -145,6 +144,11 @@ class File:
         key_size = len(Key(b"TBasket", b"branch").pack()) + 19
         more = struct.pack(">hiiiiB", 3, 32000, 1000, entries, key_size + size if last is None else last, 0)
         return self.record(b"TBasket", b"branch", payload, object_size=size, more=more, **fields)
+
+    def gap(self, content: bytes) -> None:
+        """Append bytes that are in no record but in a free segment."""
+        self.free.append((len(self.data), len(self.data) + len(content) - 1))
+        self.data += content
 
     def directory(self, name: bytes, to: Directory | None = None) -> Directory:
         """Append the record of a directory that its parent lists."""
@@ -180,10 +184,9 @@ class File:
         """Append key lists, streamer info and free list; return the file, with this in the header instead of the right."""
         for directory in self.directories:
             self.list_keys(directory)
-        values = {"streamer_info": 0, "streamer_info_size": 0}
+        info = Key(b"")
         if self.streamer_info is not None:
             info = self.record(b"TList", b"StreamerInfo", self.streamer_info, **self.unlisted)
-            values = {"streamer_info": info.position, "streamer_info_size": info.size}
         form = ">hqq" if self.big else ">hii"
         segments = len(self.free) + 1
         free_list = self.record(b"TFile", b"file.root", bytes(segments * struct.calcsize(form)), **self.unlisted)
@@ -192,7 +195,7 @@ class File:
         last = (self.room_begins or end, max(end, 2_000_000_000))
         packed = b"".join(struct.pack(form, version, *segment) for segment in [*self.free, last])
         self.data[end - len(packed) :] = packed
-        values |= {
+        values = {
             "version": 63200 + self.big * 1_000_000,
             "begin": self.begin,
             "end": end,
@@ -201,19 +204,22 @@ class File:
             "free_segments": segments,
             "name_size": self.root.start - self.begin,
             "units": 8 if self.big else 4,
+            "compression": 101,
+            "streamer_info": info.position,
+            "streamer_info_size": info.size,
+            **header,
         }
-        values |= header
         form = ">4siiqqiiiBiqi18x" if values["version"] >= 1_000_000 else ">4siiiiiiiBiii18x"
-        order = ["version", "begin", "end", "free_list", "free_list_size", "free_segments", "name_size", "units"]
-        fields = [
-            b"root",
-            *(values[name] for name in order),
-            101,
-            values["streamer_info"],
-            values["streamer_info_size"],
-        ]
-        struct.pack_into(form, self.data, 0, *fields)
+        struct.pack_into(form, self.data, 0, b"root", *values.values())
         return bytes(self.data)
+
+
+def small_file(**options: Any) -> File:
+    """Return a file of an object `h` and a directory `d` with another, before it is closed."""
+    file = File(**options)
+    file.add(b"TNamed", b"h", tnamed(b"h"))
+    file.add(b"TNamed", b"x", tnamed(b"x"), file.directory(b"d"))
+    return file
 
 
 def one_object(payload: bytes = b"", object_size: int | None = None, class_name: bytes = b"TNamed") -> bytes:
@@ -226,3 +232,25 @@ def one_object(payload: bytes = b"", object_size: int | None = None, class_name:
 def compressed(blocks: Iterable[bytes], size: int) -> bytes:
     """Return a file of one object `h` that inflates to so many bytes."""
     return one_object(b"".join(blocks), size, b"TH1F")
+
+
+# --- checking ----------------------------------------------------------------------------------------------------------
+
+
+def check(content: bytes) -> dict[str, RootObject]:
+    """Return the objects of a file of this content, which is in memory and not on the disk."""
+    descriptor = os.memfd_create("file.root")
+    try:
+        os.write(descriptor, content)
+        return check_root_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason(content: bytes) -> str | None:
+    """Return why a file of this content is refused, or None."""
+    try:
+        check(content)
+    except InvalidRootFile as error:
+        return str(error)
+    return None
