@@ -2,71 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import lzma
 import random
 import struct
-import subprocess
-import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import cramjam
 import pytest
 import xxhash
-from hostile_streams import zstd_of_short_sequences
-from rootfiles import COMPRESS, File, block, one_object, tnamed, versioned
+from check_cost import SECONDS, Answer, Checker
+from hostile_streams import BLOCK, zstd_of_short_sequences
+from rootfiles import COMPRESS, File, block, one_object, small_file, tnamed, versioned
 
 import inflate
 from rootcheck import InvalidRootFile, check_root_file
 
-PROJECT = Path(__file__).parent.parent
-# Of processor time, as other processes share the machine the tests run on, where the loop below takes no more than UNIT.
-SECONDS = 3.0
-UNIT = 0.1
-HONEST = Path(__file__).parent / "data" / "h1_all.root"
 MEBIBYTES = 64
-BLOCK = (1 << 24) - 1  # bytes, the most that three bytes can say
 GIBIBYTE = 1 << 30
 
-# Says how the check of each file ended, what it took and how much more memory the process ever used than before.
-MEASURE = """
-import json, sys, time
-import rootcheck
 
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-honest, *paths = sys.argv[1:]
-rootcheck.check_root_file(honest)
-start = time.process_time()
-for _ in range(3):  # always the same work, by which a slower machine is given more time
-    sum(number * number for number in range(500_000))
-unit = time.process_time() - start
-before = peak()
-for path in paths:
-    start = time.process_time()
-    try:
-        reason, objects = None, len(rootcheck.check_root_file(path))
-    except rootcheck.InvalidRootFile as error:
-        reason, objects = str(error), 0
-    seconds, grown = time.process_time() - start, peak() - before
-    print(json.dumps({"reason": reason, "objects": objects, "seconds": seconds, "unit": unit, "kibibytes": grown}))
-"""
+@pytest.fixture(scope="module")
+def checker() -> Iterator[Checker]:
+    with contextlib.closing(Checker()) as checker:
+        yield checker
 
 
-class Answer(NamedTuple):
-    """How check_root_file ended in a process of its own, and what that took."""
+@pytest.fixture
+def check(checker: Checker, tmp_path: Path) -> Callable[..., Answer]:
+    """Return a function that checks a file of this content, which must take neither long nor much memory."""
 
-    reason: str | None  # None for a valid file
-    objects: int
-    seconds: float
-    unit: float
-    kibibytes: int
+    def run(content: bytes | bytearray, mebibytes: int = MEBIBYTES) -> Answer:
+        (answer,) = measure(checker, [write(tmp_path / "hostile.root", content)], mebibytes)
+        return answer
+
+    return run
+
+
+Check = Callable[..., Answer]
 
 
 def write(path: Path, content: bytes | bytearray) -> Path:
@@ -83,37 +59,16 @@ def write(path: Path, content: bytes | bytearray) -> Path:
     return path
 
 
-def measure(*paths: Path, mebibytes: int = MEBIBYTES) -> list[Answer]:
-    """Check files in a fresh process, assert that none took long or much, and remove them."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(HONEST), *map(str, paths)],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    finally:
-        for path in paths:
-            path.unlink()
-    assert done.returncode == 0, done.stderr
-    answers = [Answer(**json.loads(line)) for line in done.stdout.splitlines()]
-    assert len(answers) == len(paths)
+def measure(checker: Checker, paths: Sequence[Path], mebibytes: int = MEBIBYTES) -> list[Answer]:
+    """Check files, assert that none took long or much, and remove them."""
+    answers = checker.check(paths)
+    for path in paths:
+        path.unlink()
+    assert len(answers) == len(paths), "the process was ended"
     for answer in answers:
-        assert answer.seconds < SECONDS * max(1.0, answer.unit / UNIT), answer
+        assert answer.seconds < SECONDS, answer
         assert answer.kibibytes < mebibytes << 10, answer
     return answers
-
-
-@pytest.fixture
-def check(tmp_path: Path) -> Callable[..., Answer]:
-    """Return a function that checks a file of this content in a fresh process, which must take neither long nor much."""
-
-    def run(content: bytes | bytearray, mebibytes: int = MEBIBYTES) -> Answer:
-        return measure(write(tmp_path / "hostile.root", content), mebibytes=mebibytes)[0]
-
-    return run
 
 
 # --- blocks that inflate to far more than they claim ------------------------------------------------------------------
@@ -134,43 +89,44 @@ def zlib_bomb(size: int) -> bytes:
     return b"\x78\xda" + deflate_bomb(size) + adler32_of_zeros(size)
 
 
-def xz_bomb(size: int) -> bytes:
-    """Return an XZ stream of zeros: one block of 16 MiB again and again, and the index that tells so."""
-    one = lzma.compress(bytes(1 << 24), check=lzma.CHECK_CRC32, preset=1)
-    index_size = int.from_bytes(one[-8:-4], "little") * 4 + 4
-    piece = one[12 : -12 - index_size]
-    # The index says how long a block is without its padding; the one of the stream with a single block tells.
-    entry = one[-12 - index_size + 2 :]
-    count = next(at for at in range(1, 12) if entry[at - 1] < 0x80)
-    count += next(at for at in range(1, 12) if entry[count + at - 1] < 0x80)
-    blocks = size >> 24
-    return one[:12] + piece * blocks + end_of_xz(blocks, entry[:count] * blocks)
+def crc32(data: bytes) -> bytes:
+    return struct.pack("<I", zlib.crc32(data))
 
 
-def end_of_xz(blocks: int, entries: bytes) -> bytes:
-    """Return the index and the last bytes of an XZ stream whose blocks have a CRC32."""
-    index = bytearray(b"\0")
-    while blocks >= 0x80:
-        index.append(blocks & 0x7F | 0x80)
-        blocks >>= 7
-    index += bytes([blocks]) + entries
+def vli(number: int) -> bytes:
+    """Return an integer of variable length, as XZ writes them."""
+    return bytes([number & 0x7F | 0x80]) + vli(number >> 7) if number > 0x7F else bytes([number])
+
+
+def lzma2(content: bytes) -> bytes:
+    return lzma.compress(content, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}])
+
+
+def xz_block(chunks: bytes, content: bytes, dictionary: int = 12) -> tuple[bytes, bytes]:
+    """Return an XZ block and what the index says of it; 12 stands for a dictionary of 256 KiB, 13 for 384 KiB, ..."""
+    head = bytes([2, 0, 0x21, 1, dictionary, 0, 0, 0])
+    block = head + crc32(head) + chunks
+    return block + bytes(-len(block) % 4) + crc32(content), vli(len(block) + 4) + vli(len(content))
+
+
+def xz(blocks: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Return an XZ stream of these blocks, whose checksums are CRC32."""
+    index = b"\0" + vli(len(blocks)) + b"".join(entry for _, entry in blocks)
     index += bytes(-len(index) % 4)
-    index += struct.pack("<I", zlib.crc32(index))
-    end = struct.pack("<IBB", len(index) // 4 - 1, 0, lzma.CHECK_CRC32)
-    return bytes(index) + struct.pack("<I", zlib.crc32(end)) + end + b"YZ"
+    end = struct.pack("<IBB", len(index) // 4, 0, lzma.CHECK_CRC32)
+    start = b"\xfd7zXZ\0" + end[4:] + crc32(end[4:])
+    return start + b"".join(block for block, _ in blocks) + index + crc32(index) + crc32(end) + end + b"YZ"
+
+
+def xz_bomb(size: int) -> bytes:
+    """Return an XZ stream of zeros: one block of 16 MiB again and again."""
+    zeros = bytes(1 << 24)
+    return xz([xz_block(lzma2(zeros), zeros)] * (size >> 24))
 
 
 def xz_of_empty_blocks(number: int) -> bytes:
     """Return an XZ stream of the byte `a`, before which come empty blocks; each has another dictionary than the last."""
-    blocks = []
-    for content, dictionary in ((b"", 30), (b"", 31), (b"a", 30)):
-        head = bytes([2, 0, 0x21, 1, dictionary, 0, 0, 0])
-        chunks = (b"\1\0\0a" if content else b"") + b"\0"
-        crcs = [struct.pack("<I", zlib.crc32(data)) for data in (head, content)]
-        blocks.append(head + crcs[0] + chunks + bytes(-len(chunks) % 4) + crcs[1])
-    start = lzma.compress(b"", check=lzma.CHECK_CRC32)[:12]
-    entries = bytes([17, 0]) * 2 * number + bytes([21, 1])
-    return start + (blocks[0] + blocks[1]) * number + blocks[2] + end_of_xz(2 * number + 1, entries)
+    return xz([xz_block(b"\0", b"", 30), xz_block(b"\0", b"", 31)] * number + [xz_block(b"\1\0\0a\0", b"a", 30)])
 
 
 def lz4_bomb(size: int) -> bytes:
@@ -215,7 +171,7 @@ def test_bombs_inflate_to_what_they_should(letters: str) -> None:
 
 @pytest.mark.parametrize("claimed", [1000, BLOCK])
 @pytest.mark.parametrize("letters", BOMBS)
-def test_block_that_inflates_to_gigabytes(letters: str, claimed: int, check: Callable[..., Answer]) -> None:
+def test_block_that_inflates_to_gigabytes(letters: str, claimed: int, check: Check) -> None:
     bomb, tag, method = BOMBS[letters]
     answer = check(one_object(block(tag, method, bomb(2 * GIBIBYTE), claimed), claimed))
     assert answer.reason and "block" in answer.reason
@@ -225,7 +181,7 @@ def test_block_that_inflates_to_gigabytes(letters: str, claimed: int, check: Cal
 
 
 @pytest.mark.parametrize("letters", COMPRESS)
-def test_gigabytes_of_zeros_in_honest_blocks(letters: str, check: Callable[..., Answer]) -> None:
+def test_gigabytes_of_zeros_in_honest_blocks(letters: str, check: Check) -> None:
     one = COMPRESS[letters](bytes(BLOCK))
     file = File()
     for number in range(4):
@@ -235,17 +191,22 @@ def test_gigabytes_of_zeros_in_honest_blocks(letters: str, check: Callable[..., 
 
 
 @pytest.mark.parametrize("letters", COMPRESS)
-def test_blocks_of_16_mib_that_hardly_shrink(letters: str, check: Callable[..., Answer]) -> None:
-    data = bytearray(random.Random(1).randbytes(BLOCK).translate(bytes(range(128)) * 2))
-    data[:: 1 << 10] = data[1 :: 1 << 10] = bytes(1 << 14)
-    data[: 1 << 20] = bytes(1 << 20)  # what LZ4 can shrink
-    one = COMPRESS[letters](bytes(data))
-    blocks = 1 if letters == "XZ" else 3  # XZ takes most of a second for each
+def test_blocks_of_16_mib_that_hardly_shrink(letters: str, check: Check) -> None:
+    repeats = 15 if letters == "XZ" else 1  # as LZMA takes seconds to compress all of it
+    piece = random.Random(1).randbytes((15 << 20) // repeats).translate(bytes(range(128)) * 2)
+    zeros = bytes(BLOCK - (15 << 20))  # what LZ4 can shrink
+    data = zeros + piece * repeats
+    if letters == "XZ":
+        chunks = lzma2(zeros)[:-1] + lzma2(piece)[:-1] * repeats + b"\0"
+        one, blocks = block(b"XZ", 0, xz([xz_block(chunks, data)]), BLOCK), 1  # most of a second to inflate
+    else:
+        one, blocks = COMPRESS[letters](data), 3
+    assert BLOCK * 3 // 4 < len(one) < BLOCK
     assert check(one_object(one * blocks, BLOCK * blocks, b"TH1F")).reason is None
 
 
 @pytest.mark.parametrize("letters", COMPRESS)
-def test_a_payload_of_many_tiny_blocks(letters: str, check: Callable[..., Answer]) -> None:
+def test_a_payload_of_many_tiny_blocks(letters: str, check: Check) -> None:
     one = COMPRESS[letters](b"a")
     number = 20_001  # as many as are allowed
     assert check(one_object(one * number, number, b"TH1F")).reason is None
@@ -253,34 +214,22 @@ def test_a_payload_of_many_tiny_blocks(letters: str, check: Callable[..., Answer
     assert answer.reason and "more than 20000 compressed blocks" in answer.reason
 
 
-def test_xz_with_a_giant_dictionary(check: Callable[..., Answer]) -> None:
-    # The encoder would take gigabytes for such a dictionary; its size is one byte of the block's head, with a CRC behind.
-    stored = bytearray(lzma.compress(bytes(1000), check=lzma.CHECK_CRC32, preset=0))
-    assert stored[12] == 2
-    at = stored.index(b"\x21\x01", 12) + 2
-    stored[at] = 37  # 3 << 29 bytes
-    stored[20:24] = struct.pack("<I", zlib.crc32(stored[12:20]))
-    answer = check(one_object(block(b"XZ", 0, bytes(stored), 1000), 1000, b"TH1F"))
-    assert answer.reason and "damaged XZ block" in answer.reason
+@pytest.mark.parametrize(("dictionary", "text"), [(31, None), (37, "damaged XZ block")], ids=["192 MiB", "1.5 GiB"])
+def test_xz_with_a_giant_dictionary(dictionary: int, text: str | None, check: Check) -> None:
+    # An encoder would take as much memory; the size is one byte of the block's head.
+    stored = xz([xz_block(lzma2(bytes(BLOCK)), bytes(BLOCK), dictionary)])
+    answer = check(one_object(block(b"XZ", 0, stored, BLOCK) * 4, BLOCK * 4, b"TH1F"))
+    assert answer.reason is None if text is None else text in str(answer.reason)
 
 
-def test_xz_blocks_with_the_largest_dictionary_allowed(check: Callable[..., Answer]) -> None:
-    stored = bytearray(lzma.compress(bytes(BLOCK), check=lzma.CHECK_CRC32, preset=0))
-    at = stored.index(b"\x21\x01", 12) + 2
-    stored[at] = 31  # 192 MiB
-    stored[20:24] = struct.pack("<I", zlib.crc32(stored[12:20]))
-    one = block(b"XZ", 0, bytes(stored), BLOCK)
-    assert check(one_object(one * 4, BLOCK * 4, b"TH1F")).reason is None
-
-
-def test_xz_of_hundreds_of_thousands_of_empty_blocks(check: Callable[..., Answer]) -> None:
+def test_xz_of_hundreds_of_thousands_of_empty_blocks(check: Check) -> None:
     assert lzma.decompress(xz_of_empty_blocks(10)) == b"a"
     answer = check(one_object(block(b"XZ", 0, xz_of_empty_blocks(350_000), 1), 1, b"TH1F"))
     assert answer.reason and "XZ" in answer.reason
 
 
 @pytest.mark.parametrize("more", [{"id": lzma.FILTER_DELTA, "dist": 1}, {"id": lzma.FILTER_X86}], ids=["delta", "x86"])
-def test_xz_with_more_filters_and_sha256(more: dict[str, int], check: Callable[..., Answer]) -> None:
+def test_xz_with_more_filters_and_sha256(more: dict[str, int], check: Check) -> None:
     last = {"id": lzma.FILTER_LZMA2, "preset": 0, "nice_len": 2, "mf": lzma.MF_BT2, "mode": lzma.MODE_FAST}
     stored = lzma.compress(bytes(BLOCK), check=lzma.CHECK_SHA256, filters=[more] * 3 + [last])
     answer = check(one_object(block(b"XZ", 0, stored, BLOCK) * 31, BLOCK * 31, b"TH1F"))
@@ -288,65 +237,45 @@ def test_xz_with_more_filters_and_sha256(more: dict[str, int], check: Callable[.
 
 
 @pytest.mark.parametrize("window", [0x88, 0xA8, 0xF8])  # 128 MiB, 2 GiB, 2 TiB
-def test_zstd_with_a_giant_window(window: int, check: Callable[..., Answer]) -> None:
+def test_zstd_with_a_giant_window(window: int, check: Check) -> None:
     size = 1 << 23
     one = block(b"ZS", 1, zstd_bomb(size, window), size)
     assert (check(one_object(one * 4, size * 4, b"TH1F")).reason is None) == (window == 0x88)
 
 
 def test_zstd_of_short_sequences_is_refused_in_time(tmp_path: Path) -> None:
-    """A valid file of 0.2 MB that inflates to 2 GB, ten times as slowly as others, stays within its budget."""
+    """A valid file of 0.1 MB that inflates to 1 GB, ten times as slowly as others, stays within its budget."""
     size = BLOCK - 1000
     one = block(b"ZS", 1, zstd_of_short_sequences(size), size)
     assert bytes(cramjam.zstd.decompress(one[9:])) == bytes(size)
-    file = File()
-    for number in range(2):
-        file.add(b"TH1F", b"h%d" % number, one * 63, object_size=63 * size)
-    path = write(tmp_path / "hostile.root", file.close())
+    path = write(tmp_path / "hostile.root", one_object(one * 63, 63 * size, b"TH1F"))
     before = time.thread_time()
     try:
         check_root_file(path)
     except InvalidRootFile as refusal:
         assert "takes longer" in str(refusal)
-    inflated = 2 * 63 * size
-    most = inflate.MIN_SECONDS + path.stat().st_size / inflate.BYTES_PER_SECOND + inflated / inflate.INFLATED_PER_SECOND
+    most = inflate.MIN_SECONDS + path.stat().st_size / inflate.BYTES_PER_SECOND
+    most += 63 * size / inflate.INFLATED_PER_SECOND
     assert time.thread_time() - before < most + 0.5  # a block may be under way
 
 
 # --- keys and directories ----------------------------------------------------------------------------------------------
 
 
-def test_200_000_keys_on_one_record(check: Callable[..., Answer]) -> None:
-    file = File()
-    key = file.add(b"TNamed", b"h", tnamed(b"h"))
-    file.root.keys = [key] * 200_000
+def test_200_000_keys_on_one_record(check: Check) -> None:
+    file = small_file()
+    file.root.keys = file.root.keys[:1] * 200_000
     assert "place elsewhere" in str(check(file.close()).reason)
 
 
-def test_5_000_keys_that_share_a_record_of_16_mb(check: Callable[..., Answer]) -> None:
+def test_5_000_keys_that_share_a_record_of_16_mb(check: Check) -> None:
     file = File()
     key = file.add(b"TH1F", b"h", COMPRESS["ZL"](bytes(BLOCK)), object_size=BLOCK)
     file.root.keys = [key._replace(cycle=cycle) for cycle in range(1, 5001)]
     assert "place elsewhere" in str(check(file.close()).reason)
 
 
-def test_directories_that_contain_each_other(check: Callable[..., Answer]) -> None:
-    file = File()
-    one = file.directory(b"one")
-    two = file.directory(b"two", one)
-    two.keys.append(one.key._replace(directory=two.position))
-    assert "place elsewhere" in str(check(file.close()).reason)
-
-
-def test_directories_nested_3_000_deep(check: Callable[..., Answer]) -> None:
-    file = File()
-    directory = file.root
-    for _ in range(3000):
-        directory = file.directory(b"d", directory)
-    assert "nested more than 100 deep" in str(check(file.close()).reason)
-
-
-def test_a_graph_of_directories_with_2_to_the_25_paths(check: Callable[..., Answer]) -> None:
+def test_a_graph_of_directories_with_2_to_the_25_paths(check: Check) -> None:
     file = File()
     directory = file.root
     for _ in range(25):
@@ -355,7 +284,7 @@ def test_a_graph_of_directories_with_2_to_the_25_paths(check: Callable[..., Answ
     assert "place elsewhere" in str(check(file.close()).reason)
 
 
-def test_20_000_directories(check: Callable[..., Answer]) -> None:
+def test_20_000_directories(check: Check) -> None:
     file = File()
     for number in range(19_990):
         file.directory(b"%d" % number)
@@ -364,7 +293,7 @@ def test_20_000_directories(check: Callable[..., Answer]) -> None:
 
 @pytest.mark.parametrize("number", [40_000, pytest.param(199_990, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inside", [False, True], ids=["at the top", "in a directory"])
-def test_many_honest_keys(number: int, inside: bool, check: Callable[..., Answer]) -> None:
+def test_many_honest_keys(number: int, inside: bool, check: Check) -> None:
     file = File()
     directory = file.directory(b"d") if inside else file.root
     for at in range(number):
@@ -374,53 +303,38 @@ def test_many_honest_keys(number: int, inside: bool, check: Callable[..., Answer
     assert check(file.close(), mebibytes=mebibytes).objects == (1 if inside else number)
 
 
-def test_a_key_list_of_hundreds_of_megabytes_of_nothing(check: Callable[..., Answer]) -> None:
-    file = File()
-    file.add(b"TNamed", b"h", tnamed(b"h"))
+def test_a_key_list_of_hundreds_of_megabytes(check: Check) -> None:
+    file = small_file()
     file.root.slack = bytes(200 << 20)
-    check(file.close())
-
-
-def test_a_key_list_of_a_hundred_megabytes_of_titles(check: Callable[..., Answer]) -> None:
-    file = File()
-    key = file.add(b"TNamed", b"h", bytes(32_700), title=bytes(32_700))
-    file.root.keys = [key._replace(position=key.position + number) for number in range(3_300)]
-    assert check(file.close()).reason
+    assert "key lists of more than" in str(check(file.close()).reason)
 
 
 # --- counts, lengths, strings ------------------------------------------------------------------------------------------
 
 
-def test_every_field_of_a_small_file_at_its_extremes(tmp_path: Path) -> None:
-    file = File()
-    file.add(b"TNamed", b"h", COMPRESS["ZL"](tnamed(b"h" * 100)), object_size=len(tnamed(b"h" * 100)))
-    file.add(b"TNamed", b"x", tnamed(b"x"), file.directory(b"d"))
+def test_every_field_of_a_small_file_at_its_extremes(checker: Checker, tmp_path: Path) -> None:
+    file = small_file()
+    file.add(b"TNamed", b"compressed", COMPRESS["ZL"](tnamed(b"h" * 100)), object_size=len(tnamed(b"h" * 100)))
     honest = file.close()
     paths = []
     for at in range(4, len(honest) - 3):
         for number in (0x7FFFFFFF, 0xFFFFFFFF, 0x80000000):
             content = honest[:at] + struct.pack(">I", number) + honest[at + 4 :]
             paths.append(write(tmp_path / f"{at}_{number}.root", content))
-    assert sum(answer.reason is not None for answer in measure(*paths)) > len(paths) // 2
+    assert sum(answer.reason is not None for answer in measure(checker, paths)) > len(paths) // 2
 
 
 @pytest.mark.parametrize(
     "name", [b"\xff\xff\xff\xff\xff", b"\xff\x7f\xff\xff\xff", b"\xff\0\1\0\0" + bytes(65536)], ids=len
 )
-def test_absurd_lengths_of_an_objects_own_name(name: bytes, check: Callable[..., Answer]) -> None:
+def test_absurd_lengths_of_an_objects_own_name(name: bytes, check: Check) -> None:
     assert check(one_object(versioned(bytes(10) + name))).reason is None
-
-
-def test_class_name_of_60_kilobytes(check: Callable[..., Answer]) -> None:
-    file = File()
-    file.add(b"T" * 60_000, b"h", key_size=60_030 - 65_536, size=60_030)
-    assert "impossible lengths" in str(check(file.close()).reason)
 
 
 @pytest.mark.parametrize("end", ["", "\N{GRINNING FACE}"], ids=["narrow", "wide"])
 @pytest.mark.parametrize("letter", [b"a", b"\xff"], ids=["valid", "undecodable"])
 @pytest.mark.parametrize("what", ["class", "name"])
-def test_key_lists_full_of_names(what: str, letter: bytes, end: str, check: Callable[..., Answer]) -> None:
+def test_key_lists_full_of_names(what: str, letter: bytes, end: str, check: Check) -> None:
     file = File()
     for number in range(500):
         long = letter * 32_600 + end.encode()
@@ -432,14 +346,7 @@ def test_key_lists_full_of_names(what: str, letter: bytes, end: str, check: Call
     assert answer.reason and "names" in answer.reason
 
 
-def test_class_names_of_32_kilobytes(check: Callable[..., Answer]) -> None:
-    file = File()
-    for number in range(1000):
-        file.add(b"T" * 32_700, b"%d" % number)
-    check(file.close())
-
-
-def test_objects_whose_own_names_inflate_to_gigabytes(check: Callable[..., Answer]) -> None:
+def test_objects_whose_own_names_inflate_to_gigabytes(check: Check) -> None:
     payload = tnamed(b"n" * 60_000)
     stored = COMPRESS["ZL"](payload)
     file = File()
@@ -452,37 +359,33 @@ def test_objects_whose_own_names_inflate_to_gigabytes(check: Callable[..., Answe
 
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_a_million_gaps(length: int, check: Callable[..., Answer]) -> None:
-    file = File()
-    file.add(b"TNamed", b"h", tnamed(b"h"))
+def test_a_million_gaps(length: int, check: Check) -> None:
+    file = small_file()
     file.data += struct.pack(">i", -length)[-length:] * 1_000_000
     if length == 1:
         file.data += struct.pack(">i", -4)
     assert check(file.close(free_list=0, free_list_size=0)).reason is None
 
 
-@pytest.mark.parametrize("number", [190_000, 2_000_000])
-def test_millions_of_free_segments(number: int, check: Callable[..., Answer]) -> None:
-    file = File()
-    file.add(b"TNamed", b"h", tnamed(b"h"))
+@pytest.mark.parametrize("number", [190_000, 300_000])
+def test_hundreds_of_thousands_of_free_segments(number: int, check: Check) -> None:
+    file = small_file()
     start = len(file.data)
     file.data += bytes(number)
     file.free = [(at, at) for at in range(start, start + number)]
-    answer = check(file.close())
-    assert (answer.reason is None) == (number < 200_000)
+    assert (check(file.close()).reason is None) == (number < 200_000)
 
 
 @pytest.mark.parametrize("between", [b"", bytes(3)], ids=["next to each other", "with zeros between"])
-def test_tens_of_thousands_of_tiny_records(between: bytes, check: Callable[..., Answer]) -> None:
-    file = File()
-    file.add(b"TNamed", b"h", tnamed(b"h"))
+def test_tens_of_thousands_of_tiny_records(between: bytes, check: Check) -> None:
+    file = small_file()
     for _ in range(50_000 if between else 100_000):
         file.record(b"", b"")
         file.data += between
     assert check(file.close()).reason is None
 
 
-def test_hundreds_of_megabytes_of_zeros_between_records(check: Callable[..., Answer]) -> None:
+def test_hundreds_of_megabytes_of_zeros_between_records(check: Check) -> None:
     file = File()
     file.data += bytes(200 << 20)
     file.add(b"TNamed", b"h", tnamed(b"h"))
