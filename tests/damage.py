@@ -17,31 +17,30 @@ import contextlib
 import json
 import lzma
 import math
-import os
 import random
-import resource
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import rootcheck
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+from rootfiles import reason
+
+DATA = TESTS / "data"
 
 
 class Part(IntEnum):
-    """What a byte of a ROOT file is part of."""
+    """The parts of a ROOT file, to one of which each of its bytes belongs."""
 
     STRUCTURE = 0  # header, keys, key lists, directories, list of free segments, heads of compressed blocks
     CHECKSUMMED = 1  # a compressed block that ends in a checksum or begins with one: ZL, XZ, L4
@@ -128,26 +127,12 @@ def read_key(data: bytes, start: int) -> Key:
     name, at = _string(data, at)
     title, at = _string(data, at)
     directory &= (1 << 48) - 1 if version > 1000 else -1
-    return Key(
-        start,
-        size,
-        version,
-        object_size,
-        date,
-        key_size,
-        cycle,
-        position,
-        directory,
-        class_name,
-        name,
-        title,
-        at,
-        texts,
-    )
+    sizes = size, version, object_size, date, key_size, cycle
+    return Key(start, *sizes, position, directory, class_name, name, title, at, texts)
 
 
 class Layout:
-    """What is where in a valid ROOT file."""
+    """The parts, fields, keys and blocks of a valid ROOT file, and where they are."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -401,12 +386,10 @@ Mutator = Callable[[random.Random, Layout], bytes]
 MUTATORS: dict[str, Mutator] = {}
 
 
-def _kind(name: str) -> Callable[[Mutator], Mutator]:
-    def register(mutator: Mutator) -> Mutator:
-        MUTATORS[name] = mutator
-        return mutator
-
-    return register
+def _kind(mutator: Mutator) -> Mutator:
+    """Register a way to damage a file under the words of its function's name."""
+    MUTATORS[mutator.__name__.replace("_", " ").strip()] = mutator
+    return mutator
 
 
 def _replace(data: bytes, start: int, new: bytes) -> bytes:
@@ -418,13 +401,13 @@ def _page(rng: random.Random, data: bytes, size: int) -> int:
     return rng.randrange(0, len(data), size)
 
 
-@_kind("truncated")
+@_kind
 def _truncated(rng: random.Random, layout: Layout) -> bytes:
     cut = rng.choice([rng.randint(1, 16), rng.randint(1, len(layout.data) - 1)])
     return layout.data[: max(0, len(layout.data) - cut)]
 
 
-@_kind("bits flipped")
+@_kind
 def _bits_flipped(rng: random.Random, layout: Layout) -> bytes:
     data = bytearray(layout.data)
     for _ in range(rng.choice([1, 1, 1, 2, 8])):
@@ -433,34 +416,34 @@ def _bits_flipped(rng: random.Random, layout: Layout) -> bytes:
     return bytes(data)
 
 
-@_kind("bits of the structure flipped")
-def _structure_flipped(rng: random.Random, layout: Layout) -> bytes:
+@_kind
+def _bits_of_the_structure_flipped(rng: random.Random, layout: Layout) -> bytes:
     data = bytearray(layout.data)
     at = int(rng.choice(np.flatnonzero(layout.parts == Part.STRUCTURE).tolist()))
     data[at] ^= 1 << rng.randrange(8)
     return bytes(data)
 
 
-@_kind("sector of 512 bytes zeroed")
-def _small_sector_zeroed(rng: random.Random, layout: Layout) -> bytes:
+@_kind
+def _sector_of_512_bytes_zeroed(rng: random.Random, layout: Layout) -> bytes:
     start = _page(rng, layout.data, 512)
     return _replace(layout.data, start, bytes(min(512, len(layout.data) - start)))
 
 
-@_kind("sector of 4096 bytes zeroed")
-def _sector_zeroed(rng: random.Random, layout: Layout) -> bytes:
+@_kind
+def _sector_of_4096_bytes_zeroed(rng: random.Random, layout: Layout) -> bytes:
     start = _page(rng, layout.data, 4096)
     return _replace(layout.data, start, bytes(min(4096, len(layout.data) - start)))
 
 
-@_kind("random page")
+@_kind
 def _random_page(rng: random.Random, layout: Layout) -> bytes:
     size = rng.choice([64, 512, 4096])
     start = _page(rng, layout.data, size)
     return _replace(layout.data, start, rng.randbytes(min(size, len(layout.data) - start)))
 
 
-@_kind("pages swapped")
+@_kind
 def _pages_swapped(rng: random.Random, layout: Layout) -> bytes:
     size = rng.choice([64, 512, 4096])
     one, other = _page(rng, layout.data, size), _page(rng, layout.data, size)
@@ -469,13 +452,13 @@ def _pages_swapped(rng: random.Random, layout: Layout) -> bytes:
     return _replace(_replace(layout.data, one, pages[1][:size]), other, pages[0][:size])
 
 
-@_kind("bytes lost")
+@_kind
 def _bytes_lost(rng: random.Random, layout: Layout) -> bytes:
     start = rng.randrange(len(layout.data))
     return layout.data[:start] + layout.data[start + rng.choice([1, 2, 4, rng.randint(1, 300)]) :]
 
 
-@_kind("bytes inserted")
+@_kind
 def _bytes_inserted(rng: random.Random, layout: Layout) -> bytes:
     start = rng.randint(0, len(layout.data))
     length = rng.choice([1, 2, 4, rng.randint(1, 300)])
@@ -483,19 +466,19 @@ def _bytes_inserted(rng: random.Random, layout: Layout) -> bytes:
     return layout.data[:start] + new + layout.data[start:]
 
 
-@_kind("packet lost")
+@_kind
 def _packet_lost(rng: random.Random, layout: Layout) -> bytes:
     start = _page(rng, layout.data, 1460)  # what fits into an Ethernet frame
     return layout.data[:start] + layout.data[start + 1460 :]
 
 
-@_kind("packet sent twice")
-def _packet_twice(rng: random.Random, layout: Layout) -> bytes:
+@_kind
+def _packet_sent_twice(rng: random.Random, layout: Layout) -> bytes:
     start = _page(rng, layout.data, 1460)
     return layout.data[: start + 1460] + layout.data[start:]
 
 
-@_kind("sent as text")
+@_kind
 def _sent_as_text(rng: random.Random, layout: Layout) -> bytes:
     data = layout.data
     ways = (
@@ -507,8 +490,8 @@ def _sent_as_text(rng: random.Random, layout: Layout) -> bytes:
     return rng.choice(ways)
 
 
-@_kind("number of the structure changed")
-def _number_changed(rng: random.Random, layout: Layout) -> bytes:
+@_kind
+def _number_of_the_structure_changed(rng: random.Random, layout: Layout) -> bytes:
     field = rng.choice(layout.fields)
     top, number = 1 << 8 * field.size, field.read(layout.data)
     extremes = [0, 1, top - 1, top // 2, top // 2 - 1, len(layout.data), layout.end, layout.begin, 2_000_000_000]
@@ -560,23 +543,13 @@ def valid_files(folder: Path) -> list[Path]:
 
 # What became of a file; CERN ROOT knows them all, rootcheck the first two.
 ACCEPTED, REFUSED, RAISED, CRASHED, HUNG = "accepted", "refused", "raised", "crashed", "hung"
-_ROOT_SECONDS = 10.0
-_MEMORY = Path("/dev/shm")
-
-
-def check_with_rootcheck(path: Path) -> str:
-    try:
-        rootcheck.check_root_file(path)
-    except rootcheck.InvalidRootFile:
-        return REFUSED
-    return ACCEPTED
 
 
 class CernRoot:
     """CERN ROOT in a process of its own that forks one more for each file, which may crash or hang."""
 
     def __init__(self) -> None:
-        command = [sys.executable, __file__, "--root-worker"]
+        command = [sys.executable, "-W", "ignore", __file__, "--root-worker"]
         self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._worker.stdout is None or self._worker.stdout.readline() != "ready\n":
             raise ImportError("CERN ROOT is not installed: pip install root")
@@ -585,73 +558,41 @@ class CernRoot:
         """Open the file and read every key, as the first receiver did."""
         if self._worker.stdin is None or self._worker.stdout is None:
             raise ValueError("no pipes")
-        self._worker.stdin.write(f"{path}\n")
-        self._worker.stdin.flush()
+        print(path, file=self._worker.stdin, flush=True)
         return self._worker.stdout.readline().strip()
-
-    def warm_up(self, intact: Iterable[Path]) -> None:
-        """Read valid files in the process that forks: Python's wrappers compiled for them serve all children to come."""
-        for path in intact:
-            self.check(Path(f"intact {path}"))
 
     def close(self) -> None:
         self._worker.communicate()
 
 
 def _root_worker() -> None:
-    """Answer each path on standard input with what CERN ROOT makes of the file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ROOT  # type: ignore[import-untyped, unused-ignore]
+    """Answer each path on standard input with the outcome of CERN ROOT's reading."""
+    import ROOT
+    from ask_root import in_child
+
+    def read(path: str) -> Iterator[str]:
+        try:
+            file = ROOT.TFile.Open(path)
+            if not file or file.IsZombie():
+                yield REFUSED
+                return
+            for key in file.GetListOfKeys():
+                found = key.ReadObj()
+                f"Obj name: {found.GetName()}, Obj IsA() Name: {found.IsA().GetName()}"
+            yield ACCEPTED
+        except OSError:  # "Failed to open file"
+            yield REFUSED
+        except Exception:  # noqa: BLE001  whatever Python's wrappers raise
+            yield RAISED
+
     ROOT.gROOT.SetBatch(True)
     ROOT.gErrorIgnoreLevel = ROOT.kFatal
+    ROOT.gSystem.ResetSignals()  # no stack trace of every crash
+    list(read(str(DATA / "h1_all.root")))  # Python's wrappers that are compiled for it serve all children to come
     print("ready", flush=True)
     for line in sys.stdin:
-        path = line.rstrip("\n")
-        if path.startswith("intact "):
-            _read_with_root(ROOT, path.removeprefix("intact "))
-            print(ACCEPTED, flush=True)
-            continue
-        child = os.fork()
-        if not child:
-            for number in signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT:
-                signal.signal(number, signal.SIG_DFL)  # no stack trace
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            try:
-                os._exit(_read_with_root(ROOT, path))
-            finally:  # whatever was raised
-                os._exit(2)
-        print(_outcome(child), flush=True)
-
-
-def _read_with_root(root: Any, path: str) -> int:
-    try:
-        file = root.TFile.Open(path)
-        if not file or file.IsZombie():
-            return 1
-        for key in file.GetListOfKeys():
-            found = key.ReadObj()
-            f"Obj name: {found.GetName()}, Obj IsA() Name: {found.IsA().GetName()}"
-    except OSError:  # "Failed to open file"
-        return 1
-    return 0
-
-
-def _outcome(child: int) -> str:
-    end = time.monotonic() + _ROOT_SECONDS
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
-            return (ACCEPTED, REFUSED, RAISED)[code] if 0 <= code <= 2 else CRASHED
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return HUNG
+        lines, _, how = in_child(partial(read, line.rstrip("\n")))
+        print(lines[0] if lines else HUNG if how == "hangs" else CRASHED, flush=True)
 
 
 def _table(rows: Iterable[Sequence[object]]) -> str:
@@ -670,7 +611,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{math.floor(percent * 10) / 10:g} %"
 
 
-def _detection_table(outcomes: Counter[tuple[str, bool, str, str]], checkers: Sequence[str]) -> str:
+def _detection_table(outcomes: Counter[tuple[str, bool, str, str]], with_root: bool) -> str:
     """Return the table of detection; `outcomes` are numbers by kind, whether detectable, checker and outcome."""
 
     def number(kind: str, detectable: bool, checker: str, *results: str) -> int:
@@ -683,13 +624,13 @@ def _detection_table(outcomes: Counter[tuple[str, bool, str, str]], checkers: Se
         )
 
     head = ["kind of damage", "detectable", "rootcheck refuses"]
-    if len(checkers) > 1:
+    if with_root:
         head += ["ROOT read the intact file", "ROOT refuses", "raises", "crashes", "hangs"]
     rows: list[list[object]] = [[*head, "not detectable", "rootcheck refuses"]]
     for kind in [*MUTATORS, "all"]:
         all_of_kind = number(kind, True, "rootcheck")
         row: list[object] = [kind, all_of_kind, _percent(number(kind, True, "rootcheck", REFUSED), all_of_kind)]
-        if len(checkers) > 1:
+        if with_root:
             read = number(kind, True, "ROOT")
             row += [read, *(_percent(number(kind, True, "ROOT", result), read) for result in (REFUSED, RAISED))]
             row += [number(kind, True, "ROOT", result) for result in (CRASHED, HUNG)]
@@ -700,7 +641,6 @@ def _detection_table(outcomes: Counter[tuple[str, bool, str, str]], checkers: Se
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Damage ROOT files and print which damage is noticed; return 1 if rootcheck misses any that is detectable."""
-    data = Path(__file__).parent / "data"
     parser = argparse.ArgumentParser(prog="python -m tests.damage", description=main.__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="valid files (default: tests/data)")
     parser.add_argument("--count", type=int, default=5000, help="of damaged files (default: %(default)s)")
@@ -708,33 +648,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", action="store_true", help="ask CERN ROOT, too")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep detectable ones that rootcheck accepts")
     options = parser.parse_args(arguments)
-    sources = options.files or valid_files(data)
+    sources = options.files or valid_files(DATA)
     outcomes: Counter[tuple[str, bool, str, str]] = Counter()
     accepted: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None)))
-        checkers: dict[str, Callable[[Path], str]] = {"rootcheck": check_with_rootcheck}
-        readable = set()
-        if options.root:
-            root = stack.enter_context(contextlib.closing(CernRoot()))
-            checkers["ROOT"] = root.check
-            readable = {source for source in sources if root.check(source) == ACCEPTED}
-            root.warm_up(sorted(readable)[:1])
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "mutant.root")
+        root = stack.enter_context(contextlib.closing(CernRoot())) if options.root else None
+        readable = {source for source in sources if root and root.check(source) == ACCEPTED}
         for mutant in mutants(sources, options.count, options.seed):
-            path = folder / "mutant.root"
-            path.write_bytes(mutant.data)
-            for checker, check in checkers.items():
-                if checker == "ROOT" and mutant.source not in readable:
-                    continue
-                outcome = check(path)
-                outcomes[mutant.kind, mutant.is_detectable, checker, outcome] += 1
-                if checker == "rootcheck" and outcome == ACCEPTED:
-                    accepted[", ".join(sorted(part.name for part in mutant.touched)) or "nothing: no effect"] += 1
-                    if mutant.is_detectable:
-                        print(f"missed: {mutant}", file=sys.stderr)
-                        if options.keep:
-                            path.rename(options.keep / f"{mutant.source.stem}-{mutant.number}.root")
-    print(_detection_table(outcomes, list(checkers)))
+            outcome = REFUSED if reason(mutant.data) else ACCEPTED
+            outcomes[mutant.kind, mutant.is_detectable, "rootcheck", outcome] += 1
+            if outcome == ACCEPTED:
+                accepted[", ".join(sorted(part.name for part in mutant.touched)) or "nothing: no effect"] += 1
+                if mutant.is_detectable:
+                    print(f"missed: {mutant}", file=sys.stderr)
+                    if options.keep:
+                        (options.keep / f"{mutant.source.stem}-{mutant.number}.root").write_bytes(mutant.data)
+            if root and mutant.source in readable:
+                path.write_bytes(mutant.data)
+                outcomes[mutant.kind, mutant.is_detectable, "ROOT", root.check(path)] += 1
+    print(_detection_table(outcomes, options.root))
     print("\nWhat the damage touched in the files that rootcheck accepted:\n")
     print(_table([("part of the file", "files"), *accepted.most_common()]))
     return int(any(outcomes[kind, True, "rootcheck", ACCEPTED] for kind in MUTATORS))

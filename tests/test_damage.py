@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from damage import ACCEPTED, MUTATORS, Layout, Mutant, Part, check_with_rootcheck, mutants, valid_files
+from damage import MUTATORS, Layout, Mutant, Part, mutants, valid_files
+from rootfiles import reason
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted((Path(__file__).parent / "fuzz" / "cases").iterdir())
@@ -31,19 +32,14 @@ class Outcome(NamedTuple):
     is_accepted: bool
 
 
-def _outcomes(sources: list[Path], count: int, seed: int, folder: Path) -> list[Outcome]:
-    path = folder / "mutant.root"
-    found = []
-    for mutant in mutants(sources, count, seed):
-        path.write_bytes(mutant.data)
-        # The bytes would be 40 MB in all.
-        found.append(Outcome(mutant._replace(data=b""), check_with_rootcheck(path) == ACCEPTED))
-    return found
+def _outcomes(sources: list[Path], count: int, seed: int) -> list[Outcome]:
+    # Without the bytes, which would be 40 MB in all.
+    return [Outcome(mutant._replace(data=b""), reason(mutant.data) is None) for mutant in mutants(sources, count, seed)]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    return _outcomes(valid_files(DATA), SHORT_COUNT, 1, tmp_path_factory.mktemp("damage"))
+def outcomes() -> list[Outcome]:
+    return _outcomes(valid_files(DATA), SHORT_COUNT, 1)
 
 
 def _missed(outcomes: list[Outcome]) -> list[str]:
@@ -70,31 +66,26 @@ def test_nothing_is_refused_for_damage_without_meaning(outcomes: list[Outcome]) 
 
 
 @pytest.mark.slow
-def test_every_detectable_damage_is_refused_among_many_files(tmp_path: Path) -> None:
+def test_every_detectable_damage_is_refused_among_many_files() -> None:
     sources = valid_files(DATA) + (valid_files(REAL) if REAL.is_dir() else [])
-    found = _outcomes(sources, COUNT, SEED, tmp_path)
-    assert not _missed(found)
+    assert not _missed(_outcomes(sources, COUNT, SEED))
 
 
-def test_each_byte_of_the_structure_matters(tmp_path: Path) -> None:
-    """Every one of them changed, in one file, in three ways."""
+@pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
+def test_each_byte_of_the_structure_matters(flip: int) -> None:
     layout = Layout((DATA / "objstring_only.root").read_bytes())
-    path = tmp_path / "changed.root"
     accepted = []
     for at in range(len(layout.data)):
-        for flip in 0x01, 0x80, 0xFF:
-            data = bytearray(layout.data)
-            data[at] ^= flip
-            path.write_bytes(data)
-            if check_with_rootcheck(path) == ACCEPTED and Part.STRUCTURE in layout.touched(bytes(data)):
-                accepted.append((at, flip))
+        data = layout.data[:at] + bytes([layout.data[at] ^ flip]) + layout.data[at + 1 :]
+        if reason(data) is None and Part.STRUCTURE in layout.touched(data):
+            accepted.append(at)
     assert accepted == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_fuzzing_found_is_refused_soon(case: Path) -> None:
     start = time.process_time()
-    assert check_with_rootcheck(case) != ACCEPTED
+    assert reason(case.read_bytes())
     assert time.process_time() - start < 3
 
 
