@@ -1,4 +1,4 @@
-"""Say what CERN ROOT makes of ROOT files: whether it opens them in silence, and which objects it finds.
+"""Tell whether CERN ROOT opens files in silence, and which objects it finds in them.
 
 Usage: python ask_root.py < PATHS    (in a Python that has PyPI's `root`, which is CERN ROOT itself)
 
@@ -70,7 +70,7 @@ void WarmUp(const char *path) {
 
 
 def in_child(work: Callable[[], Iterator[str]]) -> tuple[list[str], str, str]:
-    """Run a function in a process of its own; return its lines, what it wrote to standard error, and how it ended."""
+    """Run a function in a process of its own; return its lines, its standard error, and how it ended."""
     read_end, write_end = os.pipe()
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -105,7 +105,7 @@ def _run(work: Callable[[], Iterator[str]], write_end: int, errors: BinaryIO) ->
 
 
 def _read(read_end: int, deadline: float) -> tuple[str, bool]:
-    """Return what comes through the pipe, and whether its other end was closed before the deadline."""
+    """Read the pipe to its end; return the text, and whether the end came before the deadline."""
     text = b""
     with open(read_end, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -162,7 +162,7 @@ def own_names(path: str, number: int) -> list[str]:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Return what ROOT says of a file."""
+    """Return ROOT's answer about a file."""
     lines, messages, how = in_child(partial(list_keys, path))
     messages = "\n".join(line for line in messages.splitlines() if line.strip() and not IGNORED.match(line))
     answer: dict[str, Any] = {"status": "complains", "messages": messages[:2000], "objects": {}}
@@ -181,7 +181,7 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def warm_up() -> None:
-    """Have ROOT load and compile once what each child needs, which takes longer than to read a small file."""
+    """Have ROOT load and compile once the code that each child needs, which takes longer than to read a small file."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "warm.root")
         ROOT.WarmUp(path)

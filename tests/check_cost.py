@@ -1,4 +1,4 @@
-"""Check ROOT files in processes of their own and tell what that took: processor time, and memory more than before.
+"""Check ROOT files in processes of their own and measure the processor time and the memory that each check takes.
 
 As a program it answers each line of standard input, a JSON list of paths, with a JSON list of `Answer`s. For each line it
 forks: a process that has only imported `rootcheck` costs a second to start, but hardly anything to fork.
@@ -27,7 +27,7 @@ UNIT = 0.1
 
 
 class Answer(NamedTuple):
-    """How a check ended and what it took."""
+    """The end of a check and its costs."""
 
     reason: str | None  # None for a valid file
     objects: int
@@ -83,7 +83,7 @@ def main() -> None:
         child = os.fork()
         if not child:
             resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
-            check_root_file(HONEST)  # maps what every check needs
+            check_root_file(HONEST)  # maps the code and data that every check needs
             before = _peak()
             print(json.dumps([_answer(path, before) for path in json.loads(line)]), flush=True)
             os._exit(0)

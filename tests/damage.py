@@ -1,10 +1,10 @@
-"""Damage valid ROOT files the ways disks, networks and programs do it, and tell which damage can be noticed.
+"""Damage valid ROOT files as disks, networks and programs do, and tell the damage that can be noticed.
 
 Usage: python -m tests.damage [--count N] [--seed S] [--root] [--keep FOLDER] [FILE ...]
 
 Prints, as Markdown, how many damaged files of each kind rootcheck refuses and, with --root (where PyPI's `root`, which
-is CERN ROOT, is installed), how many CERN ROOT refuses when it opens them and reads every key. Then follows what the
-damage touched in the files that rootcheck accepted.
+is CERN ROOT, is installed), how many CERN ROOT refuses when it opens them and reads every key. Then follow the parts of
+the files that the damage touched where rootcheck accepted it.
 
 Whether damage is detectable is decided here without rootcheck, by a simple parse of the intact file: each of its bytes
 belongs to one `Part`. The parse trusts the file and is for valid ones only.
@@ -340,7 +340,7 @@ class Layout:
     # --- what damage touched ---
 
     def touched(self, mutant: bytes) -> frozenset[Part]:
-        """Return which parts of the file differ in their content; nothing where the damage has no effect."""
+        """Return the parts of the file that differ in their content; none where the damage has no effect."""
         common = min(len(self.data), len(mutant))
         before = np.frombuffer(self.data, np.uint8, common)
         changed = np.flatnonzero(before != np.frombuffer(mutant, np.uint8, common))
@@ -640,7 +640,7 @@ def _detection_table(outcomes: Counter[tuple[str, bool, str, str]], with_root: b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Damage ROOT files and print which damage is noticed; return 1 if rootcheck misses any that is detectable."""
+    """Damage ROOT files and print how much of it is noticed; return 1 if rootcheck misses any that is detectable."""
     parser = argparse.ArgumentParser(prog="python -m tests.damage", description=main.__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="valid files (default: tests/data)")
     parser.add_argument("--count", type=int, default=5000, help="of damaged files (default: %(default)s)")

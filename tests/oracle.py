@@ -38,7 +38,7 @@ LISTED = 5  # differences of one kind, by name
 
 
 class Difference(NamedTuple):
-    """Where rootcheck and ROOT differ: `refused`, `accepted`, `keys`, `class`, `name` or `fault`."""
+    """A difference between rootcheck and ROOT: `refused`, `accepted`, `keys`, `class`, `name` or `fault`."""
 
     what: str
     path: str  # relative to the folder
@@ -47,7 +47,7 @@ class Difference(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What files have in common that differ in the same way."""
+        """A text that is the same for files that differ in the same way."""
         said = self.here if self.what in ("refused", "fault") else self.root if self.what == "accepted" else ""
         if self.what in ("name", "class"):
             said = self.root.split(" ")[0]  # the class
@@ -56,7 +56,7 @@ class Difference(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """Differences that are known and right: a pattern for the path and one for what is said."""
+    """Differences that are known and right: a pattern for the path and one for the answers."""
 
     what: str
     path: str
@@ -87,7 +87,7 @@ def root_files(folder: Path) -> list[Path]:
 
 
 def ask_root(python: str, paths: Sequence[Path]) -> list[dict[str, Any] | None]:
-    """Return what ROOT says of each file, or None where its process ended without an answer."""
+    """Return ROOT's answer about each file, or None where its process ended without one."""
     answers: list[dict[str, Any] | None] = [None] * len(paths)
 
     def ask(numbers: list[int]) -> None:
@@ -113,7 +113,7 @@ def ask_root(python: str, paths: Sequence[Path]) -> list[dict[str, Any] | None]:
 
 
 def root_answers(folder: Path, python: str, kept: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Return what ROOT says of each file of a folder, by its path there."""
+    """Return ROOT's answer about each file of a folder, by its path there."""
     paths = root_files(folder)
     identities = {}
     for path in paths:
@@ -131,7 +131,7 @@ def root_answers(folder: Path, python: str, kept: Path | None = None) -> dict[st
 
 
 def check(path: Path) -> tuple[dict[str, RootObject] | None, str]:
-    """Return what rootcheck finds in a file, or None and why it refuses it."""
+    """Return the objects that rootcheck finds in a file, or None and its reason."""
     try:
         return check_root_file(path), ""
     except InvalidRootFile as error:
@@ -174,7 +174,7 @@ def explanation(difference: Difference) -> str | None:
 
 
 class Report:
-    """What came of comparing all files of a folder."""
+    """The differences and agreements of all files of a folder."""
 
     def __init__(self, folder: Path, answers: dict[str, dict[str, Any]]) -> None:
         self.differences: list[Difference] = []

@@ -1,4 +1,4 @@
-"""Builds ROOT files record by record: right in everything but in what a test wants wrong."""
+"""Build ROOT files record by record, right in everything but the numbers that a test wants wrong, and check them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tnamed(name: bytes, title: bytes = b"", bits: int = 0) -> bytes:
 
 
 def block(letters: bytes, method: int, stored: bytes, size: int) -> bytes:
-    """Return a compressed block: its head with both lengths, and what is stored."""
+    """Return a compressed block: its head with both lengths, and the stored bytes."""
     return letters + bytes([method]) + len(stored).to_bytes(3, "little") + size.to_bytes(3, "little") + stored
 
 
@@ -87,7 +87,7 @@ class Key(NamedTuple):
 
 
 class Directory:
-    """A directory's record, the keys it will list, and what is to be wrong with it."""
+    """A directory's record, the keys it will list, and the numbers that are to be wrong in it."""
 
     def __init__(self, key: Key, start: int, parent: Directory | None) -> None:
         self.key = key
@@ -106,7 +106,7 @@ class Directory:
 
 
 class File:
-    """A ROOT file under construction: what is added is appended at once, `close` adds what only then can be known."""
+    """A ROOT file under construction: records are appended at once; `close` appends those that refer to them."""
 
     def __init__(self, *, begin: int = BEGIN, big: bool = False, streamer_info: bytes | None = EMPTY_LIST) -> None:
         self.begin = begin
@@ -140,7 +140,7 @@ class File:
         return folder.keys[-1]
 
     def basket(self, payload: bytes, size: int, entries: int = 0, last: int | None = None, **fields: Any) -> Key:
-        """Append a TBasket whose data fill it, unless `last`, where they end in its buffer, is said to be elsewhere."""
+        """Append a TBasket whose data fill it, unless `last`, the position in its buffer where they end, is another."""
         key_size = len(Key(b"TBasket", b"branch").pack()) + 19
         more = struct.pack(">hiiiiB", 3, 32000, 1000, entries, key_size + size if last is None else last, 0)
         return self.record(b"TBasket", b"branch", payload, object_size=size, more=more, **fields)

@@ -1,4 +1,4 @@
-"""Damaged files are refused wherever the file itself can tell; what fuzzing found stays found.
+"""Damaged files are refused wherever the file itself can tell; files that fuzzing found are still refused.
 
 The long form: DQM_DAMAGE_COUNT=100000 DQM_DAMAGE_SEED=7 python -m pytest -m slow tests/test_damage.py
 """

@@ -156,7 +156,7 @@ BOMBS: dict[str, tuple[Callable[[int], bytes], bytes, int]] = {
 
 @pytest.mark.parametrize("letters", BOMBS)
 def test_bombs_inflate_to_what_they_should(letters: str) -> None:
-    """What is called a bomb below is a well-formed stream."""
+    """Each is a well-formed stream, so that only its size can be the reason to refuse it."""
     bomb, _, _ = BOMBS[letters]
     size = 2 << 24
     inflate: dict[str, Callable[[bytes], bytes]] = {

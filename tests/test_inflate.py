@@ -1,4 +1,4 @@
-"""Compressed payloads, block by block, and what they may cost."""
+"""Compressed payloads, block by block, and the limits of time and memory for them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_single_zlib_block_is_inflated_in_place() -> None:
 
 @pytest.mark.parametrize("letters", HOSTILE)
 def test_hostile_streams_are_valid(letters: str) -> None:
-    """Those of the benchmark cost what they cost by being inflated, not by being refused."""
+    """So the benchmark measures how long they take to inflate, not how soon they are refused."""
     stored, size = HOSTILE[letters](300_000)
     assert len(inflated(stored, size)) == (1 << 16 if letters == "XZ" else size)
 

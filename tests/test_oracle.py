@@ -1,4 +1,4 @@
-"""rootcheck and CERN ROOT agree about every file of a folder; what is known and right is explained in oracle.py.
+"""rootcheck and CERN ROOT agree about every file of a folder, but for the differences that oracle.py explains.
 
 DQM_ORACLE_FILES=FOLDER DQM_ORACLE_PYTHON=PYTHON python -m pytest -m slow -n 0 -s tests/test_oracle.py
 

@@ -56,7 +56,7 @@ NO_FREE_LIST = {"free_list": 0, "free_list_size": 0}  # as ROOT leaves a file th
 
 
 def refuse(content: bytes, text: str = "") -> None:
-    """Assert that content is refused for a reason that holds this text."""
+    """Assert that a file of this content is refused for a reason that holds this text."""
     refusal = reason(content)
     assert refusal and text in refusal
 
@@ -216,14 +216,11 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"begin": 40}, "header: the records are said to reach from byte 40"),
         ({"begin": 99}, "root directory: the key at byte 99"),
         ({"begin": 101}, "root directory: the key at byte 101"),
-        ({"begin": -1}, "header: the records are said to reach from byte -1"),
         ({"end": 100}, "from byte 100 to byte 100"),
-        ({"end": -1}, "from byte 100 to byte -1"),
         ({"end": 722}, ""),
         ({"end": 2**31 - 1}, "cut short: it has 723 bytes of the 2147483647 its header names"),
         ({"free_list": 0}, "header: list of free segments of 53 bytes at byte 0, outside the file"),
         ({"free_list": 100}, "header: list of free segments of 53 bytes at byte 100, outside the file"),
-        ({"free_list": -1}, "header: list of free segments of 53 bytes at byte -1, outside the file"),
         ({"free_list": 2**31 - 1}, "header: list of free segments of 53 bytes at byte 2147483647, outside the file"),
         ({"free_list_size": 0}, "header: list of free segments of 0 bytes"),
         ({"free_list_size": -1}, "header: list of free segments of -1 bytes"),
@@ -235,7 +232,6 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"name_size": 2**31 - 1}, "header: a name of 2147483647 bytes for the root directory"),
         ({"streamer_info": 0}, "header: streamer info of 67 bytes at byte 0, outside the file"),
         ({"streamer_info": 100}, "header: streamer info of 67 bytes at byte 100, outside the file"),
-        ({"streamer_info": -1}, "header: streamer info of 67 bytes at byte -1, outside the file"),
         ({"streamer_info": 2**31 - 1}, "header: streamer info of 67 bytes at byte 2147483647, outside the file"),
         ({"streamer_info_size": 0}, "header: streamer info of 0 bytes"),
         ({"streamer_info_size": 60}, "streamer info at byte 603 has 67 bytes, the header says 60"),
@@ -243,15 +239,12 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "record and key list": [
         ({"size": 0}, "impossible lengths (record 0,"),
-        ({"size": -70}, "impossible lengths (record -70,"),
         ({"size": 2**31 - 1}, "has 2147483647 bytes, outside the file"),
         ({"object_size": -1}, "object -1)"),
         ({"object_size": 2**31 - 1}, "an object of 2147483647 bytes is more than is allowed"),
         ({"key_size": 0}, "impossible lengths (record 55, key 0,"),
-        ({"key_size": -1}, "impossible lengths (record 55, key -1,"),
         ({"key_size": 37}, "has 37 bytes, but its class, name and title make it 36"),
         ({"key_size": 40}, "has 40 bytes, but its class, name and title make it 36"),
-        ({"position": 0}, "its record at byte 0 (TNamed h) has 55 bytes, outside the file"),
         ({"position": -1}, "its record at byte -1 (TNamed h) has 55 bytes, outside the file"),
         ({"position": 2**31 - 1}, "its record at byte 2147483647 (TNamed h) has 55 bytes, outside the file"),
         ({"directory": 0}, "says it is in the directory at byte 0"),
@@ -282,13 +275,11 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"key_list": 0, "key_list_size": 0}, "never closed"),
         ({"key_list": 0}, "root directory: key list of 123 bytes at byte 0, outside the file"),
         ({"key_list": 100}, "root directory: key list of 123 bytes at byte 100, outside the file"),
-        ({"key_list": -1}, "root directory: key list of 123 bytes at byte -1, outside the file"),
         ({"key_list": 2**31 - 1}, "root directory: key list of 123 bytes at byte 2147483647, outside the file"),
         ({"key_list_size": 0}, "root directory: key list of 0 bytes"),
         ({"key_list_size": -1}, "root directory: key list of -1 bytes"),
         ({"key_list_size": 60}, "root directory: key list at byte 400 has 123 bytes and not 60"),
         ({"name_size": 0}, "root directory: begins with a name of 0 bytes"),
-        ({"own": 0}, "root directory: says that it is at byte 0"),
         ({"own": 101}, "root directory: says that it is at byte 101"),
         ({"parent": 7}, "root directory: says that it is at byte 100, in the directory at byte 7"),
     ],

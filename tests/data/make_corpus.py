@@ -62,7 +62,7 @@ def venv(folder: Path, release: str) -> Path:
 
 
 class Style(NamedTuple):
-    """What differs between the writers that are not CERN ROOT, and what ROOT does not look at."""
+    """The differences between the writers that are not CERN ROOT, and numbers that ROOT does not look at."""
 
     begin: int = 64  # fBEGIN
     version: int = 40000  # fVersion

@@ -1,4 +1,4 @@
-"""Write the small ROOT files beside this script, and what CERN ROOT says of them, into a folder.
+"""Write the small ROOT files beside this script, and CERN ROOT's answers about them, into a folder.
 
 Usage: python make_test_files.py [FOLDER]    (needs PyPI's `root`, which is CERN ROOT itself)
 
@@ -16,12 +16,12 @@ import json
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore", message="\\s*This distribution of ROOT is in alpha stage")
+sys.path.append(str(Path(__file__).parent.parent))
+import ask_root
 import ROOT
 
 Content = Callable[[Any], None]  # fills an open TFile
@@ -62,7 +62,7 @@ def invalid(writer: Writer) -> Writer:
 
 
 def given_away(thing: Any) -> Any:
-    """The same object, which Python will not delete while ROOT still points to it."""
+    """Return the same object, which Python will not delete while ROOT still points to it."""
     ROOT.SetOwnership(thing, False)
     return thing
 
@@ -911,12 +911,6 @@ INVALID.add("deleted_all.root")
 
 
 READER = """
-std::string Hex(const std::string &text) {  // Python's view of a C string must be UTF-8, ROOT's need not be
-    std::string hex;
-    for (unsigned char byte : text) hex += TString::Format("%02x", byte).Data();
-    return hex;
-}
-std::string HexName(TKey *key) { return Hex(key->GetName()); }
 std::string HexLine(TKey *key) {
     TClass *type = TClass::GetClass(key->GetClassName());
     if (!type || !type->IsTObject()) return "";  // ReadObj would hand out a pointer to something else
@@ -928,7 +922,7 @@ std::string HexLine(TKey *key) {
 
 
 def in_child(work: Callable[[], str]) -> tuple[str, int]:
-    """What a function returns in a process of its own, and the exit status of that process."""
+    """Return the text that a function returns in a process of its own, and the exit status of that process."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
@@ -949,30 +943,23 @@ def in_child(work: Callable[[], str]) -> tuple[str, int]:
     return answer, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def unhex(text: str) -> str:
-    return bytes.fromhex(text).decode(errors="backslashreplace")
-
-
 def newest_keys(path: Path) -> list[tuple[str, Any]]:
     file = ROOT.TFile(str(path))
-    keys: dict[str, Any] = {}
-    for key in file.GetListOfKeys() if not file.IsZombie() else ():
-        name = ROOT.HexName(key)
-        if name not in keys or keys[name].GetCycle() < key.GetCycle():
-            keys[name] = key
     ROOT.SetOwnership(file, False)
-    return list(keys.items())
+    return [] if file.IsZombie() else list(ask_root.newest_keys(file).items())
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What ROOT says of a file."""
+    """Return the keys and descriptions of objects that ROOT finds in a file."""
     # ROOT names the class of a directory TDirectory in the file and TDirectoryFile elsewhere.
     listing, _ = in_child(lambda: json.dumps([(name, str(key.GetClassName())) for name, key in newest_keys(path)]))
     objects: dict[str, dict[str, str]] = {}
     for i, (name, class_name) in enumerate(json.loads(listing)):
         line, status = in_child(lambda i=i: str(ROOT.HexLine(newest_keys(path)[i][1])))
         stored_class = "TDirectory" if class_name == "TDirectoryFile" else class_name
-        objects[unhex(name)] = {"class": stored_class} | ({"root": unhex(line)} if line and not status else {})
+        objects[ask_root.unhex(name)] = {"class": stored_class} | (
+            {"root": ask_root.unhex(line)} if line and not status else {}
+        )
     if not objects:
         return {"objects": {}, "root_status": "no objects"}
     read = all("root" in facts for facts in objects.values())
@@ -982,7 +969,7 @@ def describe(path: Path) -> dict[str, Any]:
 def main(folder: Path) -> None:
     ROOT.gROOT.SetBatch(True)
     ROOT.gErrorIgnoreLevel = ROOT.kFatal
-    declare(READER)
+    declare(ask_root.READER + READER)
     ROOT.gSystem.ResetSignals()  # no stack trace of every crash
     expected, failed = {}, []
     for name, writer in WRITERS.items():
