@@ -268,14 +268,14 @@ def test_200_000_keys_on_one_record(check: Check) -> None:
     assert "place elsewhere" in str(check(file.close()).reason)
 
 
-def test_5_000_keys_that_share_a_record_of_16_mb(check: Check) -> None:
+def test_keys_that_share_a_record_of_16_mb(check: Check) -> None:
     file = File()
     key = file.add(b"TH1F", b"h", COMPRESS["ZL"](bytes(BLOCK)), object_size=BLOCK)
     file.root.keys = [key._replace(cycle=cycle) for cycle in range(1, 5001)]
     assert "place elsewhere" in str(check(file.close()).reason)
 
 
-def test_a_graph_of_directories_with_2_to_the_25_paths(check: Check) -> None:
+def test_directories_with_two_to_the_25_paths(check: Check) -> None:
     file = File()
     directory = file.root
     for _ in range(25):
@@ -312,7 +312,7 @@ def test_a_key_list_of_hundreds_of_megabytes(check: Check) -> None:
 # --- counts, lengths, strings ------------------------------------------------------------------------------------------
 
 
-def test_every_field_of_a_small_file_at_its_extremes(checker: Checker, tmp_path: Path) -> None:
+def test_every_field_of_a_file_at_extremes(checker: Checker, tmp_path: Path) -> None:
     file = small_file()
     file.add(b"TNamed", b"compressed", COMPRESS["ZL"](tnamed(b"h" * 100)), object_size=len(tnamed(b"h" * 100)))
     honest = file.close()

@@ -406,7 +406,7 @@ def test_string_longer_than_its_key(at: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 1004])
 @pytest.mark.parametrize("left", [*range(3, 60), 100])
-def test_key_cut_off_by_the_end_of_the_file(left: int, version: int) -> None:
+def test_key_cut_off_by_the_files_end(left: int, version: int) -> None:
     content = small_file().close()
     end = len(content) + left
     content = put(put(content, 12, ">i", end), -8, ">i", end)
@@ -431,7 +431,7 @@ KEY_OF_A_BASKET = len(Key(b"TBasket", b"branch").pack()) + 19
 
 
 @pytest.mark.parametrize("arrays", [0, 1, 2])
-def test_basket_with_fields_of_its_own_in_its_key(arrays: int) -> None:
+def test_basket_with_arrays_behind_its_data(arrays: int) -> None:
     """Behind its data a basket may have the offsets of its entries, and then their displacements."""
     size = 100 + arrays * 48
     file = small_file()
@@ -896,7 +896,7 @@ def test_block_of_nothing(stored: bytes) -> None:
     refuse(compressed([COMPRESS["ZL"](TEXT), nothing], len(TEXT)), "inflates to 0 bytes")
 
 
-def test_record_without_payload_for_an_object_of_some_size() -> None:
+def test_record_without_payload_for_its_object() -> None:
     refuse(compressed([], 1000), "record at byte 202 (TH1F h): payload inflates to 0 bytes, its key says 1000")
 
 
@@ -1074,7 +1074,7 @@ def test_newest_cycle_of_a_name(cycles: tuple[int, ...]) -> None:
     assert check(file.close()) == {"h": RootObject("cycle 3", "TNamed")}
 
 
-def test_first_of_two_keys_with_one_name_and_cycle() -> None:
+def test_first_of_two_keys_of_one_cycle() -> None:
     """As ROOT does, which looks no further."""
     file = File()
     file.add(b"TNamed", b"h", tnamed(b"first"))
@@ -1084,7 +1084,7 @@ def test_first_of_two_keys_with_one_name_and_cycle() -> None:
 
 @pytest.mark.parametrize("where", ["class_name", "name", "title"])
 @pytest.mark.parametrize("length", [254, 255, 256, 300])
-def test_long_string_that_could_be_taken_for_a_short_one(where: str, length: int) -> None:
+def test_long_strings_that_look_like_short_ones(where: str, length: int) -> None:
     """Where the first byte of its length, 255, is taken for the length, what follows may fit just as well."""
     for byte in range(256):
         text = b"a" * 251 + bytes([byte]) + b"b" * (length - 252)
@@ -1144,13 +1144,13 @@ def test_uproot_that_raises(error: Exception, monkeypatch: pytest.MonkeyPatch) -
     assert refusal.value.__cause__ is error
 
 
-def test_lack_of_memory_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uproot.reading, "ReadOnlyKey", raises(MemoryError()))
     with pytest.raises(MemoryError):
         check(small_file().close())
 
 
-def test_broken_disk_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_disk_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = second_reader._File.chunk
 
     def chunk_of_broken_disk(file: second_reader._File, start: int, stop: int) -> object:

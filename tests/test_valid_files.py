@@ -276,7 +276,7 @@ def test_room_that_begins_earlier_is_refused(tmp_path: Path) -> None:
         check_root_file(tmp_path / "big.root")
 
 
-def test_sparse_file_of_the_same_kind_below_2_gb(tmp_path: Path) -> None:
+def test_same_kind_of_file_below_2_gb(tmp_path: Path) -> None:
     path = tmp_path / "small.root"
     _write_sparse(path, objects=3, size=1000)
     assert list(check_root_file(path)) == ["h0", "h1", "h2"]
