@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import io
 import json
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -73,6 +75,20 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+def digest(token: str) -> str:
+    """Return the digest that stands for a token in a token file."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def write_tokens(path: Path, text: str, mode: int = 0o600) -> str:
+    """Write a token file, or put it in the place of another at once, and return its path."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.chmod(mode)
+    new.replace(path)
+    return str(path)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     """Wait until something is so; fail if it is not within so many seconds."""
     end = time.monotonic() + seconds
@@ -126,6 +142,19 @@ def send_chunked(
         headers={**headers(**changes), "Transfer-Encoding": "chunked"},
         environ_overrides={"wsgi.input_terminated": True},
     )
+
+
+def check_refused(response: TestResponse, folder: Path, status: int, message: str) -> dict[str, Any]:
+    """Check what every refusal has in common and return its JSON."""
+    answer: dict[str, Any] = json.loads(response.data)
+    assert response.status_code == status, answer
+    assert response.content_type == "application/json"
+    assert response.content_length == len(response.data)
+    assert list(answer) == ["status", "message", "received", *(["reason"] if "reason" in answer else [])]
+    assert (answer["status"], answer["received"]) == (status, None)
+    assert message in answer["message"]
+    assert (visible(folder), incoming(folder)) == ({}, [])
+    return answer
 
 
 def get(client: Client, path: str, **more: str) -> Any:
@@ -196,3 +225,60 @@ def post(port: int, body: bytes, headers: Mapping[str, str] = HEADERS, seconds: 
         connection.request("POST", FILES, body, dict(headers))
         response = connection.getresponse()
         return Reply(response.status, json.loads(response.read()))
+
+
+# --- requests byte by byte ---------------------------------------------------------------------------------------------
+
+
+def head(path: str = FILES, *fields: str, method: str = "POST", **more: str) -> bytes:
+    """Return the head of a request, its fields as `"Name: value"` or, the name without hyphen, as `name="value"`."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *fields, *(f"{name}: {more[name]}" for name in more)]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def connect(port: int, receive_buffer: int | None = None) -> socket.socket:
+    """Return a connection to 127.0.0.1; a small receive buffer is soon full."""
+    peer = socket.socket()
+    peer.settimeout(30)
+    if receive_buffer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    try:
+        peer.connect(("127.0.0.1", port))
+    except OSError:
+        peer.close()
+        raise
+    return peer
+
+
+def read_answer(peer: socket.socket) -> tuple[int, bytes]:
+    """Read one answer, and no byte of the next; return its status and body."""
+    received = b""
+    while not received.endswith(b"\r\n\r\n"):
+        piece = peer.recv(1)
+        assert piece, received
+        received += piece
+    (length,) = re.findall(rb"\r\nContent-Length: (\d+)\r\n", received)
+    body = bytearray()
+    while len(body) < int(length):
+        piece = peer.recv(int(length) - len(body))
+        assert piece, "the answer ended early"
+        body += piece
+    return int(received.split()[1]), bytes(body)
+
+
+def rest_of(peer: socket.socket) -> bytes:
+    """Read to the end of the connection; a reset is an end, too."""
+    received = bytearray()
+    with contextlib.suppress(ConnectionResetError):
+        while piece := peer.recv(1 << 16):
+            received += piece
+    return bytes(received)
+
+
+def exchange(port: int, request: bytes) -> bytes:
+    """Send bytes and the end of them, and return all that comes back until the server closes."""
+    with connect(port) as peer:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # it does not want to read all
+            peer.sendall(request)
+            peer.shutdown(socket.SHUT_WR)
+        return rest_of(peer)

@@ -12,12 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client import (
-    DATA,
-    FILES,
-    HEADERS,
-    settings,
-)
+from client import DATA, FILES, HEADERS, head, settings
 from server import Server
 from werkzeug.test import Client
 
@@ -83,6 +78,17 @@ def make_server(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A gunicorn that the tests of a module share; it takes files up to 32 MiB."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    base = tmp_path_factory.mktemp("shared")
+    server = Server(settings(base / "data", max_file_size=str(32 << 20)), base / "gunicorn.log", ())
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def server(make_server: Callable[..., Server]) -> Server:
     return make_server()
@@ -133,23 +139,6 @@ def begin_early(request: pytest.FixtureRequest) -> None:
 
 LONG_DRIP = 45  # seconds, more than the 30 s after which gunicorn by default takes a worker for stuck
 
-_DRIP = """
-import socket, sys, time
-port, path, seconds, headers = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-body = open(path, "rb").read()
-begin = time.monotonic()
-with socket.create_connection(("127.0.0.1", port)) as peer:
-    peer.sendall(f"POST {headers}Content-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n".encode())
-    peer.sendall(body[:-seconds])
-    for at in range(len(body) - seconds, len(body)):
-        time.sleep(1)
-        peer.sendall(body[at : at + 1])
-    answer = b""
-    while piece := peer.recv(65536):
-        answer += piece
-print(time.monotonic() - begin, answer.decode().splitlines()[0])
-"""
-
 
 @pytest.fixture(scope="session")
 def long_drip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], Path]]:
@@ -158,12 +147,11 @@ def long_drip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subpro
         pytest.skip("curl is not installed")
     base = tmp_path_factory.mktemp("long_drip")
     server = Server(settings(base / "data"), base / "gunicorn.log", ())
-    head = f"{FILES} HTTP/1.1\r\nHost: localhost\r\n" + "".join(f"{name}: {HEADERS[name]}\r\n" for name in HEADERS)
-    sender = subprocess.Popen(
-        [sys.executable, "-c", _DRIP, str(server.port), str(DATA / "h1_all.root"), str(LONG_DRIP), head],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    path = DATA / "h1_all.root"
+    its_head = head(FILES, f"Content-Length: {path.stat().st_size}", "Connection: close", **HEADERS).decode()
+    program = str(Path(__file__).with_name("drip.py"))
+    command = [sys.executable, program, str(server.port), str(path), str(LONG_DRIP), its_head]
+    sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     yield sender, base / "data"
     sender.kill()
     sender.communicate()

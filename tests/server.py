@@ -34,6 +34,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.files = self.url + FILES
         self.log = log
+        self.folder = Path(environ["DQM_RECEIVER_DATA_FOLDER"])
         self.environ, self.cwd = {**os.environ, **environ}, cwd
         self.command = [*prefix, python, "-m", "gunicorn", "--bind", f"127.0.0.1:{self.port}", *arguments]
         self.start()
