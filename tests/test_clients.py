@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from client import DATA, FILES, GRAPHS, HISTOGRAMS, PROFILES, PROJECT, receipts, visible
+from client import DATA, FILES, GRAPHS, HISTOGRAMS, PROFILES, PROJECT, exchange, receipts, settings, visible
 from server import Server, adapted, free_port
 
 CLIENT = PROJECT / "clients" / "dqm_send.py"
@@ -251,27 +251,39 @@ def fake() -> Iterator[Callable[..., Fake]]:
         server.close()
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a PEM file with a key and a certificate for 127.0.0.1."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
-    path = tmp_path / "server.pem"
+    base = tmp_path_factory.mktemp("certificate")
+    path = base / "server.pem"
     line = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run([*line.split(), "-keyout", path, "-out", tmp_path / "cert"], check=True, capture_output=True)
-    path.write_text(path.read_text() + (tmp_path / "cert").read_text())
+    subprocess.run([*line.split(), "-keyout", path, "-out", base / "cert"], check=True, capture_output=True)
+    path.write_text(path.read_text() + (base / "cert").read_text())
     return path
 
 
 # --- dqm_send.py and the real receiver ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("clients")
+    server = Server(settings(base / "data", token=TOKEN), base / "gunicorn.log", ())
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def real(make_server: Callable[..., Server]) -> Server:
-    return make_server(token=TOKEN)
+def real(running: Server) -> Server:
+    """The shared receiver, without the files of other tests."""
+    for path in (*running.folder.glob("*.root"), *running.folder.glob(".replaced/*")):
+        path.unlink()
+    return running
 
 
-def test_stored_then_duplicate_then_replaced(real: Server, send: Send, root_file: Path, folder: Path) -> None:
+def test_stored_then_duplicate_then_replaced(real: Server, send: Send, root_file: Path) -> None:
     done = send(real.url, *SENT_AS, "--status", "end", root_file)
     assert done.status == 0
     assert done.lines == [
@@ -292,18 +304,19 @@ def test_stored_then_duplicate_then_replaced(real: Server, send: Send, root_file
             "acknowledged": True,
         }
     ]
-    assert visible(folder) == {NAME: HISTOGRAMS}
-    assert receipts(folder, 300005)[0]["data_status"] == 2
+    assert visible(real.folder) == {NAME: HISTOGRAMS}
+    assert receipts(real.folder, 300005)[-1]["data_status"] == 2
 
     again = send(real.url + "/", *SENT_AS, root_file)
     assert (again.status, again.lines[0]["outcome"]) == (0, "duplicate")
     root_file.write_bytes(GRAPHS)
     changed = send(real.url + FILES, *SENT_AS, "--time-stamp", TIME, root_file)
     assert (changed.status, changed.lines[0]["outcome"]) == (0, "replaced")
-    assert visible(folder) == {NAME: GRAPHS}
+    assert visible(real.folder) == {NAME: GRAPHS}
 
 
-def test_check_answers_and_stores_nothing(real: Server, send: Send, root_file: Path, folder: Path) -> None:
+def test_check_answers_and_stores_nothing(real: Server, send: Send, root_file: Path) -> None:
+    before = receipts(real.folder, 300005)
     bad = root_file.with_name("bad.root")
     bad.write_bytes(HISTOGRAMS[:-100])
     done = send(real.url, "--check", root_file, bad)
@@ -311,8 +324,8 @@ def test_check_answers_and_stores_nothing(real: Server, send: Send, root_file: P
     assert done.lines[1]["reason"]
     named = send(real.url, *SENT_AS, "--check", root_file)
     assert (named.status, named.facts("outcome", "filename", "acknowledged")) == (0, [("valid", NAME, False)])
-    assert visible(folder) == {}
-    assert receipts(folder, 300005) == []
+    assert visible(real.folder) == {}
+    assert receipts(real.folder, 300005) == before
 
 
 def test_refusals_are_not_tried_again(
@@ -340,7 +353,7 @@ def test_refusals_are_not_tried_again(
     assert len(visible(folder)) == 1
 
 
-def test_memory_stays_flat(real: Server, command: Command, tmp_path: Path, folder: Path) -> None:
+def test_memory_stays_flat(real: Server, command: Command, tmp_path: Path) -> None:
     large = tmp_path / "large.root"
     large.write_bytes(HISTOGRAMS)
     os.truncate(large, 300_000_000)
@@ -349,7 +362,7 @@ def test_memory_stays_flat(real: Server, command: Command, tmp_path: Path, folde
     assert json.loads(done.stdout)["outcome"] == "stored"
     peak = next(int(text.split()[1]) for text in done.stderr.splitlines() if text.startswith("VmHWM"))
     assert peak < 60_000, f"{peak} kB"
-    assert [path.stat().st_size for path in folder.glob("EMC*")] == [300_000_000]
+    assert [path.stat().st_size for path in real.folder.glob("EMC*")] == [300_000_000]
 
 
 def test_files_arrive_once_while_receiver_is_killed(
@@ -388,11 +401,7 @@ def cut_on_the_way(receiver: Server, request: Received, chunked: bool) -> bytes:
         headers["transfer-encoding"] = "chunked"
         half = f"{len(request.body):x}\r\n".encode() + half
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    with socket.create_connection(("127.0.0.1", receiver.port), timeout=30) as connection:
-        connection.sendall(f"POST {FILES} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + half)
-        connection.shutdown(socket.SHUT_WR)
-        with connection.makefile("rb") as answer:
-            return answer.read()
+    return exchange(receiver.port, f"POST {FILES} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + half)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -411,10 +420,7 @@ def test_file_cut_on_its_way_is_sent_again(
 
 
 def test_garbled_request_is_misconfigured(real: Server, fake: Callable[..., Fake], send: Send, root_file: Path) -> None:
-    with socket.create_connection(("127.0.0.1", real.port), timeout=30) as connection:
-        connection.sendall(b"\x16\x03\x01 TLS\r\n\r\n")
-        with connection.makefile("rb") as stream:
-            answer = stream.read()
+    answer = exchange(real.port, b"\x16\x03\x01 TLS\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 ")
     done = send(fake(answer).url, *SENT_AS, root_file)
     assert (done.status, done.lines[0]["outcome"]) == (1, "misconfigured")
@@ -696,7 +702,7 @@ def tree(spool: Path) -> dict[str, bytes]:
     return {str(path.relative_to(spool)): path.read_bytes() for path in spool.rglob("*") if path.is_file()}
 
 
-def test_spool_is_sent_oldest_first_and_sorted(real: Server, send: Send, spool: Path, folder: Path) -> None:
+def test_spool_is_sent_oldest_first_and_sorted(real: Server, send: Send, spool: Path) -> None:
     put(spool, "b.root", numbered(1), 1001)
     put(spool, "a.root", numbered(2), 1002)
     put(spool, "TPC_x.77.5000.end.root", numbered(3), 1000)
@@ -724,12 +730,12 @@ def test_spool_is_sent_oldest_first_and_sorted(real: Server, send: Send, spool: 
         "sent/TPC_x.77.5000.end.root": numbered(3),
         "refused/bad.root": b"rubbish",
     }
-    assert visible(folder) == {
+    assert visible(real.folder) == {
         "TPC-xhistos_77_DQM_1970_01_01_02_23_20.root": numbered(3),
         "EMChistos_300005_DQM_1970_01_01_01_16_41.root": numbered(1),
         "EMChistos_300005_DQM_1970_01_01_01_16_42.root": numbered(2),
     }
-    assert receipts(folder, 77)[0]["data_status"] == 2
+    assert receipts(real.folder, 77)[-1]["data_status"] == 2
     assert send(real.url, *SENT_AS, "--spool", spool, "--once").status == 0  # nothing left
 
 
@@ -856,7 +862,7 @@ def test_spool_survives_kill_at_each_step(
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_spool_survives_kills_at_any_time(
-    real: Server, command: Command, send: Send, spool: Path, folder: Path, seconds: float
+    real: Server, command: Command, send: Send, spool: Path, seconds: float
 ) -> None:
     """The receiver loses workers as well."""
     options = (*SENT_AS, "--spool", spool, "--once")
@@ -878,8 +884,8 @@ def test_spool_survives_kills_at_any_time(
     assert send(real.url, *options, "--tries", 100).status == 0
     assert kills > 3
     contents = [numbered(each, 500_000) for each in range(number)]
-    assert Counter(visible(folder).values()) == Counter(contents)
-    assert [path.name for path in folder.glob(".replaced/*")] == []
+    assert Counter(visible(real.folder).values()) == Counter(contents)
+    assert [path.name for path in real.folder.glob(".replaced/*")] == []
     assert Counter(path.read_bytes() for path in (spool / "sent").iterdir()) == Counter(contents)
 
 
@@ -947,10 +953,10 @@ def root_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_cpp(AGENT, tmp_path_factory.mktemp("agent") / "dqm_agent", "-DWITH_ROOT", *root_options())
 
 
-def test_agent_sends_a_file(agent: Path, real: Server, token_file: Path, folder: Path) -> None:
+def test_agent_sends_a_file(agent: Path, real: Server, token_file: Path) -> None:
     sent_as = (real.files, token_file, 300005, "EMC", TIME)
     done = run_agent(agent, *sent_as, DATA / "h1_all.root")
-    assert (done.returncode, visible(folder)) == (0, {NAME: HISTOGRAMS}), done
+    assert (done.returncode, visible(real.folder)) == (0, {NAME: HISTOGRAMS}), done
     assert "duplicate" in run_agent(agent, *sent_as, DATA / "h1_all.root").stderr
     refused = run_agent(agent, *sent_as, AGENT)
     assert (refused.returncode, refused.stderr.count("dqm_agent: 400")) == (1, 1)
@@ -977,14 +983,14 @@ def test_agent_tries_again(
     assert (done.returncode, [request.body for request in server.requests]) == (0, [HISTOGRAMS] * 2), done
 
 
-def test_agent_sends_histogram_from_memory(root_agent: Path, real: Server, token_file: Path, folder: Path) -> None:
+def test_agent_sends_histogram_from_memory(root_agent: Path, real: Server, token_file: Path) -> None:
     done = run_agent(root_agent, real.files, token_file, 300005, "EMC", TIME)
     assert done.returncode == 0, done
     assert "Obj name: hPt, Obj IsA() Name: TH1F" in done.stderr
-    assert len(visible(folder)[NAME]) < 20_000
+    assert len(visible(real.folder)[NAME]) < 20_000
 
 
-def test_documented_cpp_fills_a_spool(real: Server, send: Send, spool: Path, tmp_path: Path, folder: Path) -> None:
+def test_documented_cpp_fills_a_spool(real: Server, send: Send, spool: Path, tmp_path: Path) -> None:
     options = root_options()
     (example,) = re.findall(r"```cpp\n(.*?)```", SENDING, re.DOTALL)
     source = tmp_path / "spool.cpp"
@@ -992,4 +998,4 @@ def test_documented_cpp_fills_a_spool(real: Server, send: Send, spool: Path, tmp
     done = run_agent(compile_cpp(source, tmp_path / "spool_agent", *options))
     assert (done.returncode, [path.name for path in spool.iterdir()]) == (0, [f"EMC.300005.{TIME}.root"]), done
     assert send(real.url, "--spool", spool, "--once").status == 0
-    assert visible(folder).keys() == {NAME}
+    assert visible(real.folder).keys() == {NAME}
