@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client import PROJECT, wait_until
+from client import PROJECT, connect, head, read_answer, rest_of, wait_until
 from server import free_port
 from worker_app import content
 
@@ -60,16 +60,7 @@ class Worker:
         wait_until(serves, 30)
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        peer = socket.socket()
-        peer.settimeout(30)
-        if receive_buffer:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        try:
-            peer.connect(("127.0.0.1", self.port))
-        except OSError:
-            peer.close()
-            raise
-        return peer
+        return connect(self.port, receive_buffer)
 
     def get(self, path: str) -> bytes:
         """Return the whole answer to a request of its own."""
@@ -83,36 +74,6 @@ class Worker:
         self.process.terminate()
         assert self.process.wait(50) == 0
         return time.monotonic() - began
-
-
-def head(path: str, *fields: str, method: str = "POST") -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *fields, "", ""]).encode()
-
-
-def rest_of(peer: socket.socket) -> bytes:
-    """Read to the end of the connection; a reset is an end, too."""
-    received = bytearray()
-    with contextlib.suppress(ConnectionResetError):
-        while piece := peer.recv(1 << 16):
-            received += piece
-    return bytes(received)
-
-
-def answer_of(peer: socket.socket) -> tuple[int, bytes]:
-    """Read one answer and no more."""
-    received = bytearray()
-    while b"\r\n\r\n" not in received:
-        piece = peer.recv(1)
-        assert piece, bytes(received)
-        received += piece
-    lines = received.decode().split("\r\n")
-    (length,) = (int(line.split()[1]) for line in lines if line.startswith("Content-Length"))
-    body = bytearray()
-    while len(body) < length:
-        piece = peer.recv(length - len(body))
-        assert piece, "the answer ended early"
-        body += piece
-    return int(lines[0].split()[1]), bytes(body)
 
 
 def is_closed(peer: socket.socket) -> bool:
@@ -129,51 +90,55 @@ def is_closed(peer: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def all_closed(peers: Sequence[socket.socket]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for peer in peers:
-            peer.close()
+def connections(worker: Worker, number: int = MANY, receive_buffer: int | None = None) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(worker.connect(receive_buffer)) for _ in range(number)]
+
+
+def drip(peer: socket.socket) -> bytes:
+    """Send a byte now and then, and return what comes back before the connection breaks or 20 s are over."""
+    peer.settimeout(0.1)
+    received, end = b"", time.monotonic() + 20
+    while not received and time.monotonic() < end:
+        peer.sendall(b"x")
+        with contextlib.suppress(TimeoutError):
+            received = peer.recv(1 << 16)
+    return received
+
+
+@contextlib.contextmanager
+def workers(base: Path) -> Iterator[Callable[..., Worker]]:
+    """Give a function that starts workers, and end them."""
+    started: list[Worker] = []
+
+    def start(settings: str = "", **times: float) -> Worker:
+        started.append(Worker(base, settings, **times))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.process.kill()
+        worker.process.wait()
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker with the shipped times."""
-    worker = Worker(tmp_path_factory.mktemp("worker"))
-    yield worker
-    worker.process.kill()
-    worker.process.wait()
+    with workers(tmp_path_factory.mktemp("worker")) as start:
+        yield start()
 
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that gives up after a second."""
-    times: dict[str, float] = {
-        "HEAD_TIMEOUT": 1,
-        "RATE_WINDOW": 1,
-        "ANSWER_TIMEOUT": 1,
-        "DISCARD_TIMEOUT": 1,
-        "LINGER": 0.5,
-    }
-    worker = Worker(tmp_path_factory.mktemp("hasty"), "", **times)
-    yield worker
-    worker.process.kill()
-    worker.process.wait()
+    with workers(tmp_path_factory.mktemp("hasty")) as start:
+        yield start(HEAD_TIMEOUT=1, RATE_WINDOW=1, ANSWER_TIMEOUT=1, DISCARD_TIMEOUT=1, LINGER=0.5)
 
 
 @pytest.fixture
 def make_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
-    workers: list[Worker] = []
-
-    def start(settings: str = "", **times: float) -> Worker:
-        workers.append(Worker(tmp_path, settings, **times))
-        return workers[-1]
-
-    yield start
-    for worker in workers:
-        worker.process.kill()
-        worker.process.wait()
+    with workers(tmp_path) as start:
+        yield start
 
 
 # --- heads -------------------------------------------------------------------------------------------------------------
@@ -187,7 +152,7 @@ def test_a_head_in_pieces_is_understood(worker: Worker, size: int) -> None:
         for at in range(0, len(sent), size):
             peer.sendall(sent[at : at + size])
             time.sleep(0.002)
-        assert answer_of(peer) == (200, b"5")
+        assert read_answer(peer) == (200, b"5")
 
 
 def test_pipelined_requests_are_answered_in_order(worker: Worker) -> None:
@@ -195,14 +160,13 @@ def test_pipelined_requests_are_answered_in_order(worker: Worker) -> None:
     with worker.connect() as peer:
         peer.sendall(b"".join(head(f"/large?{size}", method="GET") for size in range(50)) + upload[:-10])
         for size in range(50):
-            assert answer_of(peer) == (200, content(size))
+            assert read_answer(peer) == (200, content(size))
         peer.sendall(upload[-10:] + b"abc")
-        assert answer_of(peer) == (200, b"3")
+        assert read_answer(peer) == (200, b"3")
 
 
 def test_incomplete_heads_hold_no_thread(worker: Worker) -> None:
-    peers = [worker.connect() for _ in range(MANY)]
-    with all_closed(peers):
+    with connections(worker) as peers:
         for peer in peers:
             peer.sendall(b"GET / HTTP/1.1\r\nX: ")
         assert worker.get("/").startswith(b"HTTP/1.1 200")
@@ -212,12 +176,7 @@ def test_incomplete_heads_hold_no_thread(worker: Worker) -> None:
 def test_a_dripping_head_ends_in_time(hasty: Worker) -> None:
     with hasty.connect() as peer:
         peer.sendall(b"GET / HTTP/1.1\r\nX: ")
-        peer.settimeout(0.1)
-        received, end = b"", time.monotonic() + 20
-        while not received and time.monotonic() < end:
-            peer.sendall(b"x")
-            with contextlib.suppress(TimeoutError):
-                received = peer.recv(1 << 16)
+        received = drip(peer)
     assert received.startswith(b"HTTP/1.1 408 ")
     assert json.loads(received.partition(b"\r\n\r\n")[2])["status"] == 408
 
@@ -226,11 +185,11 @@ def test_a_next_head_has_its_own_time(make_worker: Callable[..., Worker]) -> Non
     worker = make_worker("keepalive = 1", HEAD_TIMEOUT=20)
     with worker.connect() as peer:
         peer.sendall(head("/", method="GET"))
-        assert answer_of(peer) == (200, b"")
+        assert read_answer(peer) == (200, b"")
         peer.sendall(b"GET /large?3 HTTP/1.1\r\n")
         time.sleep(3)
         peer.sendall(b"Host: x\r\n\r\n")
-        assert answer_of(peer) == (200, b"012")
+        assert read_answer(peer) == (200, b"012")
         wait_until(lambda: is_closed(peer), 20)
 
 
@@ -260,13 +219,12 @@ def test_a_head_of_nginxs_size_is_taken(worker: Worker) -> None:
     cookies = [f"Cookie-{number}: " + "c" * 8000 for number in range(3)]
     with worker.connect() as peer:
         peer.sendall(head("/large?2", *cookies, *[f"X-{number}: y" for number in range(40)], method="GET"))
-        assert answer_of(peer) == (200, b"01")
+        assert read_answer(peer) == (200, b"01")
 
 
 def test_connections_beyond_the_limit_replace_waiting_ones(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker("worker_connections = 40")
-    peers = [worker.connect() for _ in range(100)]
-    with all_closed(peers):
+    with connections(worker, 100):
         assert worker.get("/large?1").endswith(b"0")
 
 
@@ -279,11 +237,10 @@ def test_too_many_open_files_end_no_worker(make_worker: Callable[..., Worker]) -
         time.sleep(0.5)
         most = len(os.listdir(f"/proc/{pid}/fd")) + 10
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
-        peers = [worker.connect() for _ in range(50)]
-        with all_closed(peers):
+        with connections(worker, 50):
             assert worker.get("/large?1").endswith(b"0")
             upload.sendall(bytes(1000))
-            assert answer_of(upload) == (200, b"2000")
+            assert read_answer(upload) == (200, b"2000")
     assert children.read_text().split() == [str(pid)]
 
 
@@ -295,7 +252,7 @@ def test_continue_is_sent_when_the_body_is_read(worker: Worker) -> None:
         peer.sendall(head("/take", "Content-Length: 3", "Expect: 100-continue"))
         assert peer.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         peer.sendall(b"abc")
-        assert answer_of(peer) == (200, b"3")
+        assert read_answer(peer) == (200, b"3")
 
 
 @pytest.mark.parametrize("field", ["Content-Length: 3000000000", "Transfer-Encoding: chunked"])
@@ -310,7 +267,7 @@ def test_a_refusal_comes_without_continue(worker: Worker, field: str) -> None:
 def test_no_continue_for_a_body_that_came(worker: Worker) -> None:
     with worker.connect() as peer:
         peer.sendall(head("/take", "Content-Length: 3", "Expect: 100-continue") + b"abc")
-        assert answer_of(peer) == (200, b"3")
+        assert read_answer(peer) == (200, b"3")
 
 
 @pytest.mark.parametrize("size", [0, 2000])
@@ -318,7 +275,7 @@ def test_a_small_refused_body_keeps_the_connection(worker: Worker, size: int) ->
     with worker.connect() as peer:
         for _ in range(3):
             peer.sendall(head("/refuse", f"Content-Length: {size}") + bytes(size))
-            assert answer_of(peer) == (400, b"refused")
+            assert read_answer(peer) == (400, b"refused")
 
 
 @pytest.mark.parametrize("fields", [["Content-Length: 70000"], ["Transfer-Encoding: chunked"]], ids=str)
@@ -327,15 +284,14 @@ def test_a_body_that_was_read_keeps_the_connection(worker: Worker, fields: list[
     with worker.connect() as peer:
         for _ in range(3):
             peer.sendall(head("/take", *fields) + body)
-            assert answer_of(peer) == (200, b"70000")
+            assert read_answer(peer) == (200, b"70000")
 
 
 def test_refused_bodies_hold_no_thread(worker: Worker) -> None:
-    peers = [worker.connect() for _ in range(MANY)]
-    with all_closed(peers):
+    with connections(worker) as peers:
         for peer in peers:
             peer.sendall(head("/refuse", "Content-Length: 3000000000"))
-            assert answer_of(peer) == (400, b"refused")
+            assert read_answer(peer) == (400, b"refused")
         assert worker.get("/").startswith(b"HTTP/1.1 200")
 
 
@@ -367,47 +323,39 @@ def test_an_allowed_refused_body_is_read_whole(worker: Worker) -> None:
         peer.sendall(head(f"/allow?{60 * MB}", f"Content-Length: {50 * MB}"))
         for _ in range(50):
             peer.sendall(bytes(MB))
-        assert answer_of(peer) == (400, b"refused")
+        assert read_answer(peer) == (400, b"refused")
         assert peer.recv(1) == b""
 
 
-@pytest.mark.parametrize(("rate", "kept"), [(200, False), (20000, True)])
-def test_an_allowed_refused_body_keeps_a_rate(hasty: Worker, rate: int, kept: bool) -> None:
-    with hasty.connect() as peer:
-        peer.sendall(head(f"/allow?{60 * MB}", f"Content-Length: {50 * MB}"))
-        assert answer_of(peer) == (400, b"refused")
-        open_ = True
+def test_an_allowed_refused_body_keeps_a_rate(hasty: Worker) -> None:
+    with hasty.connect() as slow, hasty.connect() as fast:
+        open_ = {200: slow, 20000: fast}  # by bytes a second
+        for peer in (slow, fast):
+            peer.sendall(head(f"/allow?{60 * MB}", f"Content-Length: {50 * MB}"))
+            assert read_answer(peer) == (400, b"refused")
         for _ in range(40):
             time.sleep(0.1)
-            try:
-                peer.sendall(bytes(rate // 10))
-            except (BrokenPipeError, ConnectionResetError):
-                open_ = False
-                break
-        assert open_ == kept
+            for rate, peer in [*open_.items()]:
+                try:
+                    peer.sendall(bytes(rate // 10))
+                except (BrokenPipeError, ConnectionResetError):
+                    del open_[rate]
+        assert open_ == {20000: fast}
 
 
 @pytest.mark.parametrize("dripping", [True, False])
 def test_a_slow_body_is_told_so(hasty: Worker, dripping: bool) -> None:
     with hasty.connect() as peer:
         peer.sendall(head("/take", "Content-Length: 1000000"))
-        if dripping:
-            peer.settimeout(0.1)
-            received, end = b"", time.monotonic() + 20
-            while not received and time.monotonic() < end:
-                peer.sendall(b"x")
-                with contextlib.suppress(TimeoutError):
-                    received = peer.recv(1 << 16)
-        else:
-            received = peer.recv(1 << 16)
+        received = drip(peer) if dripping else peer.recv(1 << 16)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert b"slower than 1024 bytes a second" in received
 
 
 def test_a_slow_application_is_not_the_senders_fault(hasty: Worker) -> None:
     with hasty.connect() as peer:
-        peer.sendall(head("/take?700", "Content-Length: 200000") + bytes(200000))
-        assert answer_of(peer) == (200, b"200000")
+        peer.sendall(head("/take?400", "Content-Length: 200000") + bytes(200000))
+        assert read_answer(peer) == (200, b"200000")
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------
@@ -416,37 +364,35 @@ def test_a_slow_application_is_not_the_senders_fault(hasty: Worker) -> None:
 @pytest.mark.parametrize("path", ["/large", "/file"])
 def test_unread_answers_hold_no_thread(worker: Worker, path: str) -> None:
     size = 3 * MB
-    peers = [worker.connect(receive_buffer=4096) for _ in range(MANY)]
-    with all_closed(peers):
+    with connections(worker, receive_buffer=4096) as peers:
         for peer in peers:
             peer.sendall(head(f"{path}?{size}", method="GET"))
         assert worker.get("/").startswith(b"HTTP/1.1 200")
         for peer in peers[-3:]:
-            assert answer_of(peer) == (200, content(size))
+            assert read_answer(peer) == (200, content(size))
             peer.sendall(head("/large?5", method="GET"))
-            assert answer_of(peer) == (200, b"01234")
+            assert read_answer(peer) == (200, b"01234")
 
 
 def test_an_answer_beyond_memory_waits_for_its_reader(worker: Worker) -> None:
     with worker.connect(receive_buffer=1 << 16) as peer:
         peer.sendall(head(f"/large?{12 * MB}", method="GET"))
         time.sleep(0.2)
-        assert answer_of(peer) == (200, content(12 * MB))
+        assert read_answer(peer) == (200, content(12 * MB))
 
 
-@pytest.mark.parametrize("path", ["/large", "/file"])
-@pytest.mark.parametrize("reading", [0, 2])
-def test_an_unread_answer_is_given_up(hasty: Worker, path: str, reading: int) -> None:
+def test_an_unread_answer_is_given_up(hasty: Worker) -> None:
     """Also where a few bytes of it are read now and then."""
-    with hasty.connect(receive_buffer=2048) as peer:
-        peer.sendall(head(f"{path}?{3 * MB}", method="GET"))
+    with connections(hasty, 4, receive_buffer=2048) as peers:
+        for peer, path in zip(peers, ["/large", "/file"] * 2, strict=True):
+            peer.sendall(head(f"{path}?{3 * MB}", method="GET"))
         end = time.monotonic() + 4
         while time.monotonic() < end:
             time.sleep(0.1)
-            if reading:
+            for peer in peers[:2]:
                 with contextlib.suppress(ConnectionResetError):
-                    peer.recv(reading)
-        assert len(rest_of(peer)) < 3 * MB
+                    peer.recv(2)
+        assert max(len(rest_of(peer)) for peer in peers) < 3 * MB
 
 
 def test_a_slow_reader_gets_a_whole_file(hasty: Worker) -> None:
@@ -474,7 +420,7 @@ def test_a_stop_waits_for_uploads_only(make_worker: Callable[..., Worker]) -> No
             peer.sendall(b"GET / HTTP/1.1\r\nX: ")
         for peer in refused:
             peer.sendall(head("/refuse", "Content-Length: 3000000000"))
-            assert answer_of(peer) == (400, b"refused")
+            assert read_answer(peer) == (400, b"refused")
         for peer in unread:
             peer.sendall(head(f"/file?{3 * MB}", method="GET"))
             assert peer.recv(1) == b"H"
@@ -485,7 +431,7 @@ def test_a_stop_waits_for_uploads_only(make_worker: Callable[..., Worker]) -> No
         time.sleep(3)
         assert worker.process.poll() is None
         upload.sendall(bytes(1000000))
-        assert answer_of(upload) == (200, b"2000000")
+        assert read_answer(upload) == (200, b"2000000")
         assert worker.stop() < 10
 
 
