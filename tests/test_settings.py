@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client import FILES, NAME, PROFILES, TOKEN, get, send, settings, visible
+from client import FILES, NAME, PROFILES, TOKEN, digest, get, send, settings, visible, write_tokens
 from werkzeug.test import Client
 
 import receiver
@@ -16,23 +15,6 @@ from receiver_settings import ConfigurationError, Settings, Token
 
 MakeApp = Callable[..., receiver.Receiver]
 SECRET = "vErY-sEcReT-tOkEn-0123456789"
-
-
-def digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-@pytest.fixture
-def write_tokens(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that writes a token file and returns its path."""
-
-    def write(text: str, mode: int = 0o600) -> str:
-        path = tmp_path / "tokens.ini"
-        path.write_text(text)
-        path.chmod(mode)
-        return str(path)
-
-    return write
 
 
 def read(folder: Path, **more: str) -> Settings:
@@ -138,8 +120,8 @@ EMC = EMC EMC_2
 """
 
 
-def test_token_file_says_who_may_do_what(folder: Path, write_tokens: Callable[..., str]) -> None:
-    tokens = read(folder, token="", tokens_file=write_tokens(LINES)).tokens
+def test_token_file_says_who_may_do_what(folder: Path, tmp_path: Path) -> None:
+    tokens = read(folder, token="", tokens_file=write_tokens(tmp_path / "tokens.ini", LINES)).tokens
     assert {token.name: (len(token.digests), token.may_send, token.agents) for token in tokens} == {
         "EMC": (2, True, ("EMC", "EMC_2")),
         "emc": (1, True, ()),
@@ -148,8 +130,8 @@ def test_token_file_says_who_may_do_what(folder: Path, write_tokens: Callable[..
     }
 
 
-def test_each_token_is_found_by_its_name(folder: Path, write_tokens: Callable[..., str]) -> None:
-    known = read(folder, tokens_file=write_tokens(LINES))
+def test_each_token_is_found_by_its_name(folder: Path, tmp_path: Path) -> None:
+    known = read(folder, tokens_file=write_tokens(tmp_path / "tokens.ini", LINES))
 
     def name_of(token: str) -> str | None:
         found = known.find_token(token)
@@ -186,12 +168,12 @@ def test_each_token_is_found_by_its_name(folder: Path, write_tokens: Callable[..
     ],
 )
 def test_mistake_in_a_token_file_has_its_line(
-    folder: Path, write_tokens: Callable[..., str], text: str, where: int | None, reason: str
+    folder: Path, tmp_path: Path, text: str, where: int | None, reason: str
 ) -> None:
-    path = write_tokens("")
-    Path(path).write_bytes(text.encode("latin-1"))
+    path = tmp_path / "tokens.ini"
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigurationError, match=reason) as error:
-        read(folder, token="", tokens_file=path)
+        read(folder, token="", tokens_file=str(path))
     message = str(error.value)
     assert len(message.splitlines()) == 1
     if where:
@@ -200,8 +182,8 @@ def test_mistake_in_a_token_file_has_its_line(
         assert "DQM_RECEIVER_TOKEN" in message
 
 
-def test_default_is_the_name_of_one_token(folder: Path, write_tokens: Callable[..., str]) -> None:
-    path = write_tokens(f"[tokens]\ndefault = {digest('x')}\n")
+def test_default_is_the_name_of_one_token(folder: Path, tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "tokens.ini", f"[tokens]\ndefault = {digest('x')}\n")
     assert read(folder, token="", tokens_file=path).tokens[0].name == "default"
     with pytest.raises(ConfigurationError, match="default"):
         read(folder, tokens_file=path)
@@ -228,17 +210,17 @@ def texts_of(error: BaseException | None) -> Iterator[str]:
         f"[tokens]\nname = {'0' * 63}é {SECRET}\n",
     ],
 )
-def test_token_in_a_wrong_file_stays_unsaid(folder: Path, write_tokens: Callable[..., str], text: str) -> None:
+def test_token_in_a_wrong_file_stays_unsaid(folder: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        read(folder, token="", tokens_file=write_tokens(text))
+        read(folder, token="", tokens_file=write_tokens(tmp_path / "tokens.ini", text))
     assert [said for said in texts_of(caught.value) if SECRET in said] == []
 
 
 @pytest.mark.parametrize(("mode", "warnings"), [(0o644, 1), (0o604, 1), (0o640, 0), (0o600, 0)], ids=oct)
 def test_token_file_for_all_eyes_is_warned_about(
-    make_app: MakeApp, write_tokens: Callable[..., str], caplog: pytest.LogCaptureFixture, mode: int, warnings: int
+    make_app: MakeApp, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warnings: int
 ) -> None:
-    path = write_tokens(LINES, mode)
+    path = write_tokens(tmp_path / "tokens.ini", LINES, mode)
     client = Client(make_app(tokens_file=path))
     for _ in range(3):
         get(client, FILES, token="one")
