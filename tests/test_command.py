@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from client import DATA, FILES, get, settings
+from client import DATA, FILES, digest, get, settings, write_tokens
 from rootfiles import File, tnamed
 from werkzeug.test import Client
 
@@ -58,13 +57,12 @@ def test_unknown_arguments_are_refused(run: Run, arguments: list[str]) -> None:
 def test_check_config_says_what_is_set_up(
     run: Run, set_environment: Callable[..., None], folder: Path, tmp_path: Path
 ) -> None:
-    digests = [hashlib.sha256(token).hexdigest() for token in (b"one", b"two", b"three")]
-    tokens = tmp_path / "tokens"
-    tokens.write_text(
-        f"[tokens]\nEMC = {digests[0]}\nHLT = {digests[1]}\n[readers]\npage = {digests[2]}\n[agents]\nEMC = EMC EMC2\n"
+    tokens = write_tokens(
+        tmp_path / "tokens",
+        f"[tokens]\nEMC = {digest('one')}\nHLT = {digest('two')}\n"
+        f"[readers]\npage = {digest('three')}\n[agents]\nEMC = EMC EMC2\n",
     )
-    tokens.chmod(0o600)
-    set_environment(tokens_file=str(tokens), agents="EMC HLT", max_file_size="1000", metrics="off")
+    set_environment(tokens_file=tokens, agents="EMC HLT", max_file_size="1000", metrics="off")
     status, out, error = run("check-config")
     assert (status, error) == (0, "")
     assert re.search(rf"^folder: {re.escape(str(folder))} \([a-z0-9.]+\), [0-9]+ bytes free$", out, re.MULTILINE)
@@ -79,7 +77,7 @@ def test_check_config_says_what_is_set_up(
     ):
         assert line in out.splitlines()
     assert "files up to 1000 bytes" in out
-    assert not [digest for digest in digests if digest in out]
+    assert not [token for token in ("one", "two", "three") if digest(token) in out]
 
 
 @pytest.mark.parametrize(
@@ -115,16 +113,15 @@ def test_tokens_differ_and_fit_a_header(run: Run, name: str) -> None:
     assert len(made) == 20
     for token, line in made:
         assert re.fullmatch(r"[A-Za-z0-9_-]{40,}", token)
-        assert line == f"{name} = {hashlib.sha256(token.encode()).hexdigest()}"
+        assert line == f"{name} = {digest(token)}"
 
 
 def test_made_token_works_with_its_line(run: Run, make_app: MakeApp, tmp_path: Path) -> None:
     status, out, error = run("token", "EMC")
     token, line = made_by(out)
     assert (status, error, out.count(token)) == (0, "", 1)
-    (tmp_path / "tokens").write_text(f"[tokens]\n{line}\n")
-    (tmp_path / "tokens").chmod(0o600)
-    assert get(Client(make_app(tokens_file=str(tmp_path / "tokens"))), FILES, token=token) == {"files": []}
+    tokens = write_tokens(tmp_path / "tokens", f"[tokens]\n{line}\n")
+    assert get(Client(make_app(tokens_file=tokens)), FILES, token=token) == {"files": []}
 
 
 @pytest.mark.parametrize("name", ["", " ", "E C", "E=C", "E:C", "Ä", "x" * 65, "EMC\n", "[tokens]", "#EMC", "a/b"])

@@ -7,11 +7,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from client import FILES, HEADERS, HISTOGRAMS, PROJECT, TOKEN, settings
+from client import FILES, HEADERS, HISTOGRAMS, PROJECT, TOKEN, post
 from server import Server
 from werkzeug.test import Client
 
@@ -48,17 +48,13 @@ def parameters(method: str, path: str) -> set[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def filled(shared: Server) -> Server:
     """A server that has the file and run of the document's examples."""
-    base = tmp_path_factory.mktemp("openapi")
-    server = Server(settings(base / "data"), base / "gunicorn.log", ("--workers", "1"))
-    client = Client(receiver.create_app(settings(base / "data")))
     named = DOCUMENT["components"]["parameters"]
     headers = {name: str(named[name]["example"]) for name in ("runNumber", "timeStamp", "amoreAgent")}
-    answer = client.post(FILES, data=HISTOGRAMS, headers={"token": TOKEN, **headers})
-    assert answer.get_json()["filename"] == named["name"]["example"]
-    yield server
-    server.stop()
+    answer = post(shared.port, HISTOGRAMS, {"token": TOKEN, **headers}).json
+    assert answer["filename"] == named["name"]["example"]
+    return shared
 
 
 def run_schemathesis(server: Server, *arguments: str) -> None:
@@ -74,15 +70,16 @@ def run_schemathesis(server: Server, *arguments: str) -> None:
     assert int(generated[1]) > 100, run.stdout
 
 
-def test_server_gives_only_documented_answers(filled: Server) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        "--phases examples,coverage,fuzzing --max-examples 10",
+        pytest.param("--max-examples 300", marks=pytest.mark.slow),
+    ],
+)
+def test_server_gives_only_documented_answers(filled: Server, how: str) -> None:
     # "/" answers all methods with 400, so a tool that looks for 405 cannot test it.
-    run_schemathesis(filled, "--exclude-path", "/", "--phases", "examples,coverage,fuzzing", "--max-examples", "10")
-    assert "Traceback" not in filled.log.read_text()
-
-
-@pytest.mark.slow
-def test_server_gives_only_documented_answers_for_long(filled: Server) -> None:
-    run_schemathesis(filled, "--exclude-path", "/", "--max-examples", "300")
+    run_schemathesis(filled, "--exclude-path", "/", *how.split())
     assert "Traceback" not in filled.log.read_text()
 
 
@@ -98,8 +95,8 @@ def test_document_has_every_route_and_no_other(make_app: Callable[..., receiver.
             assert {name for place, name in parameters(method, path) if place == "query"} == route.parameters
 
 
-def test_document_is_served_without_a_token(make_app: Callable[..., receiver.Receiver]) -> None:
-    answer = Client(make_app()).get("/rest/api/openapi.json")
+def test_document_is_served_without_a_token(client: Client) -> None:
+    answer = client.get("/rest/api/openapi.json")
     assert (answer.status_code, answer.mimetype, answer.get_json()) == (200, "application/json", DOCUMENT)
 
 

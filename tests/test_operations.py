@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from client import FILES, HEADERS, HISTOGRAMS, PROJECT, curl, post, settings, wait_until
+from client import FILES, HEADERS, HISTOGRAMS, PROJECT, curl, post, settings, wait_until, write_tokens
 from server import Server, adapted, free_port
 from werkzeug.test import Client
 
@@ -78,15 +78,6 @@ class Prometheus:
         self.process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A receiver that has accepted and refused files."""
-    base = tmp_path_factory.mktemp("busy")
-    server = Server(settings(base / "data"), base / "gunicorn.log", ("--workers", "1"))
-    yield server
-    server.stop()
-
-
 def use(server: Server) -> None:
     """Have a file stored, one rejected, one checked and a request refused."""
     curl(f"{server.url}/rest/api/check", "--data-binary", "@-", send=HISTOGRAMS)
@@ -96,13 +87,20 @@ def use(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def prometheus(busy: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def exposition(shared: Server) -> str:
+    """What a receiver shows in /metrics that has accepted and refused files."""
+    use(shared)
+    return curl(f"{shared.url}/metrics", headers={}).body.decode()
+
+
+@pytest.fixture(scope="module")
+def prometheus(shared: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has seen the receiver's counters grow."""
-    use(busy)
-    monitor = Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{busy.port}")
+    use(shared)
+    monitor = Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{shared.port}")
     try:
         wait_until(lambda: monitor.has("dqm_receiver_uploads_total > 0"), 60)
-        use(busy)
+        use(shared)
         wait_until(lambda: monitor.has("increase(dqm_receiver_validation_seconds_count[1h]) > 0"), 60)
         wait_until(lambda: monitor.has('increase(dqm_receiver_rejections_total{reason="token"}[1h]) > 0'), 60)
         yield monitor
@@ -146,24 +144,18 @@ def families(text: str) -> dict[str, str]:
     return found
 
 
-def test_queries_use_only_exposed_metrics(busy: Server) -> None:
-    use(busy)
-    exposed = families(curl(f"{busy.url}/metrics", headers={}).body.decode())
+def test_queries_use_only_exposed_metrics(exposition: str) -> None:
     for title, expression in QUERIES.items():
-        assert set(METRIC.findall(expression)) - {"dqm_receiver"} <= exposed.keys(), title
+        assert set(METRIC.findall(expression)) - {"dqm_receiver"} <= families(exposition).keys(), title
 
 
-def test_every_metric_is_explained(busy: Server) -> None:
-    use(busy)
-    exposed = families(curl(f"{busy.url}/metrics", headers={}).body.decode())
+def test_every_metric_is_explained(exposition: str) -> None:
     explained = set(re.findall(r"^\| `(dqm_receiver_\w+)", OPERATIONS, re.MULTILINE))
-    assert explained == {name for name in exposed if not re.search("_(bucket|count|sum|created)$", name)}
+    assert explained == {name for name in families(exposition) if not re.search("_(bucket|count|sum|created)$", name)}
 
 
-def test_every_refusal_reason_is_explained(busy: Server) -> None:
-    use(busy)
-    text = curl(f"{busy.url}/metrics", headers={}).body.decode()
-    reasons = set(re.findall(r'^dqm_receiver_rejections_total\{.*reason="(\w+)"', text, re.MULTILINE))
+def test_every_refusal_reason_is_explained(exposition: str) -> None:
+    reasons = set(re.findall(r'^dqm_receiver_rejections_total\{.*reason="(\w+)"', exposition, re.MULTILINE))
     assert {"token", "invalid_root_file"} <= reasons
     assert reasons <= set(re.findall(r"`(\w+)`", OPERATIONS.partition("### Reasons")[2].partition("\n#")[0]))
 
@@ -187,12 +179,8 @@ def section(title: str) -> str:
 
 def test_example_of_token_file_works(tmp_path: Path) -> None:
     (example,) = re.findall(r"```ini\n(.*?)```", section("Tokens"), re.DOTALL)
-    tokens = tmp_path / "tokens.ini"
-    tokens.write_text(example)
-    tokens.chmod(0o600)
-    environ = settings(tmp_path / "data", tokens_file=str(tokens))
-    del environ["DQM_RECEIVER_TOKEN"]
-    client = Client(receiver.create_app(environ))
+    tokens = write_tokens(tmp_path / "tokens.ini", example)
+    client = Client(receiver.create_app(settings(tmp_path / "data", tokens_file=tokens, token="")))
     headers = {**HEADERS, "token": "foo"}  # the sum of HLT
     assert client.post(FILES, data=HISTOGRAMS, headers=headers).status_code == 200
     headers["token"] = "bar"  # the sum of shifters
@@ -200,26 +188,26 @@ def test_example_of_token_file_works(tmp_path: Path) -> None:
     assert client.get(FILES, headers={"token": "bar"}).status_code == 200
 
 
-def test_commands_for_a_missing_file_work(busy: Server, tmp_path: Path) -> None:
+def test_commands_for_a_missing_file_work(shared: Server, tmp_path: Path) -> None:
     text = section("Why has run 300005 no EMC file?")
-    post(busy.port, HISTOGRAMS, {**HEADERS, "runNumber": "300005", "amoreAgent": "EMC"})
+    post(shared.port, HISTOGRAMS, {**HEADERS, "runNumber": "300005", "amoreAgent": "EMC"})
     (tmp_path / "header").write_text(f"token: {HEADERS['token']}\n")
     commands = re.findall("`(curl -H @header .*?)`", text, re.DOTALL)
     assert len(commands) == 4
     for command in commands:
         line = command.replace("curl ", "curl -sSf ").replace("\n", " ")
-        environ = {**os.environ, "URL": f"{busy.url}/rest/api"}
+        environ = {**os.environ, "URL": f"{shared.url}/rest/api"}
         run = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run
         assert json.loads(run.stdout)
 
 
-def test_documented_grep_finds_refusals(busy: Server) -> None:
+def test_documented_grep_finds_refusals(shared: Server) -> None:
     sent_as = {**HEADERS, "runNumber": "300005", "amoreAgent": "EMC"}
-    post(busy.port, HISTOGRAMS, {**sent_as, "timeStamp": "yesterday"})
-    post(busy.port, HISTOGRAMS, {**sent_as, "token": "wrong"})
+    post(shared.port, HISTOGRAMS, {**sent_as, "timeStamp": "yesterday"})
+    post(shared.port, HISTOGRAMS, {**sent_as, "token": "wrong"})
     (grep,) = re.findall("(grep -E '[^']*')", section("Why has run 300005 no EMC file?"))
-    lines = busy.log.read_text()
+    lines = shared.log.read_text()
     found = subprocess.run(["sh", "-c", grep], input=lines, capture_output=True, text=True, check=True).stdout
     assert re.findall(r'reason_class="(\w+)"', found) == ["headers", "token"]
 

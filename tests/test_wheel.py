@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_the_modules_and_what_an_admin_needs_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_what_an_admin_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         licenses = [name for name in archive.namelist() if name.endswith("/LICENSE")]
@@ -97,12 +97,12 @@ def environment(tmp_path: Path, wheel: Path) -> Iterator[Path]:
     yield path
 
 
-def test_the_installed_wheel_serves_outside_of_a_checkout(environment: Path, tmp_path: Path) -> None:
+def test_wheel_serves_outside_of_a_checkout(environment: Path, tmp_path: Path) -> None:
     check_serves(environment, tmp_path / "elsewhere")
 
 
 @pytest.mark.slow
-def test_the_wheel_serves_in_an_environment_with_nothing_else(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_serves_with_nothing_else_installed(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", environment, cwd=tmp_path)
     run(environment / "bin/pip", "install", "--quiet", wheel, cwd=tmp_path)
