@@ -295,7 +295,7 @@ def test_refused_bodies_hold_no_thread(worker: Worker) -> None:
         assert worker.get("/").startswith(b"HTTP/1.1 200")
 
 
-def test_a_refused_body_is_read_up_to_its_bounds(worker: Worker) -> None:
+def test_a_refused_body_is_read_within_bounds(worker: Worker) -> None:
     """1 MiB, and what the buffers of the two kernels hold."""
     with worker.connect() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)

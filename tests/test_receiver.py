@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -142,6 +143,18 @@ def receipts_of(client: Client) -> list[dict[str, Any]]:
     return found
 
 
+# What a line of the log has in common with the receipt.
+LOGGED = ("outcome", "sender", "agent", "filename", "size", "seconds", "reason_class", "reason")
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [
+        log_line(one.getMessage())
+        for one in caplog.records
+        if one.name == "dqm_receiver" and one.levelno == logging.INFO
+    ]
+
+
 def test_one_name_through_a_whole_session(client: Client, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for body, outcome, shown, preserved in [
         (PROFILES, "stored", PROFILES, []),
@@ -156,7 +169,7 @@ def test_one_name_through_a_whole_session(client: Client, folder: Path, caplog: 
         checked = send(client, body, path=CHECK)
         changed = tree(folder).keys() ^ before.keys()
         assert {path for path in changed if not path.startswith((".incoming", ".lock"))} == set()
-        response = send(client, body)
+        response = client.post(FILES, data=body, headers=HEADERS, environ_overrides={"REMOTE_ADDR": "127.0.0.1"})
         answer = json.loads(response.data)
         assert (checked.status_code, json.loads(checked.data)) == (response.status_code, answer)
         assert response.status_code == (400 if outcome == "rejected" else 200)
@@ -164,9 +177,12 @@ def test_one_name_through_a_whole_session(client: Client, folder: Path, caplog: 
             assert {name for name in ("duplicate", "replaced") if name in answer} == {outcome} - {"stored"}
             assert answer["sha256"] == hashlib.sha256(body).hexdigest()
         assert (visible(folder), hidden(folder, ".replaced")) == ({NAME: shown}, preserved)
-        events = [log_line(record.getMessage())["event"] for record in caplog.records]
-        assert events == ["refused" if outcome == "rejected" else "check", "upload"]
-        assert receipts(folder)[-1]["outcome"] == outcome
+        check, line = logged(caplog)
+        *_, receipt = receipts(folder)
+        assert check["event"] == ("refused" if outcome == "rejected" else "check")
+        assert (line["event"], line["status"], line["run"]) == ("upload", response.status_code, "123")
+        assert (line["address"], line["outcome"]) == ("127.0.0.1", outcome)
+        assert {line.get(name) == receipt[name] for name in LOGGED} == {True}
     assert len(receipts(folder)) == 6
 
 
@@ -275,24 +291,6 @@ def test_check_needs_no_headers_but_the_token(client: Client, folder: Path, give
     assert (response.status_code, answer["sha256"]) == (200, SHA256)
     assert ("filename" in answer) == (len(given) == 3)
     assert visible(folder) == {}
-
-
-@pytest.mark.parametrize(
-    ("body", "changes", "message"),
-    [
-        (PROFILES[:-1], {}, NOT_VALID),
-        (b"", {}, NO_FILE),
-        (PROFILES, {"sha256": "0" * 64}, "sha256"),
-        (PROFILES, {"runNumber": "x"}, "runNumber"),
-        (PROFILES, {"token": None}, NO_TOKEN),
-    ],
-)
-def test_check_refuses_as_the_upload_would(
-    client: Client, folder: Path, body: bytes, changes: dict[str, Any], message: str
-) -> None:
-    checked = check_refused(send(client, body, path=CHECK, **changes), folder, 400, message)
-    assert (receipts(folder), hidden(folder, ".rejected")) == ([], [])
-    assert check_refused(send(client, body, **changes), folder, 400, message) == checked
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
@@ -415,7 +413,9 @@ def test_header_in_another_form_hears_how(
 
 @pytest.mark.parametrize("sender", SENDERS)
 def test_wrong_sha256_is_refused_before_anything_shows(client: Client, folder: Path, sender: str) -> None:
+    checked = check_refused(SENDERS[sender](client, PROFILES, path=CHECK, sha256="ab" * 32), folder, 400, "sha256")
     answer = check_refused(SENDERS[sender](client, PROFILES, sha256="ab" * 32), folder, 400, "sha256")
+    assert answer == checked
     assert SHA256 in answer["message"]  # of what arrived
     assert [(one["reason_class"], one["sha256"]) for one in receipts(folder)] == [("sha256", SHA256)]
 
@@ -466,8 +466,12 @@ BODIES: dict[str, tuple[bytes, str, str, str]] = {
 @pytest.mark.parametrize("case", BODIES)
 def test_wrong_body_is_refused_with_the_reason(client: Client, folder: Path, case: str, chunked: bool) -> None:
     body, content_type, message, reason = BODIES[case]
-    response = (send_chunked if chunked else send)(client, body, content_type)
+    sender = send_chunked if chunked else send
+    checked = check_refused(sender(client, body, content_type, path=CHECK), folder, 400, message)
+    assert (receipts(folder), hidden(folder, ".rejected")) == ([], [])
+    response = sender(client, body, content_type)
     answer = check_refused(response, folder, 400, message)
+    assert answer == checked
     if message != MALFORMED:
         assert answer["message"] == message  # word for word: programs compare it
     why = answer.get("reason", answer["message"])
@@ -781,29 +785,21 @@ def test_upload_knows_no_query(client: Client, folder: Path) -> None:
     check_refused(client.post(f"{FILES}?runNumber=1", data=PROFILES, headers=HEADERS), folder, 400, "'runNumber'")
 
 
+READABLE = (URL, f"{FILES}/absent", *READ[1:], "/rest/api/health", "/metrics", "/view/")
+
+
 @pytest.mark.parametrize(
     ("path", "allowed"),
-    [
-        (FILES, {"GET", "HEAD", "POST"}),
-        (URL, {"GET", "HEAD"}),
-        (f"{FILES}/absent", {"GET", "HEAD"}),
-        (CHECK, {"POST"}),
-        ("/rest/api/runs", {"GET", "HEAD"}),
-        ("/rest/api/runs/123", {"GET", "HEAD"}),
-        ("/rest/api/receipts", {"GET", "HEAD"}),
-        ("/rest/api/health", {"GET", "HEAD"}),
-        ("/metrics", {"GET", "HEAD"}),
-        ("/view/", {"GET", "HEAD"}),
-    ],
+    [(FILES, {"GET", "HEAD", "POST"}), (CHECK, {"POST"}), *((path, {"GET", "HEAD"}) for path in READABLE)],
 )
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND"])
 def test_wrong_method_hears_the_right_ones(
     client: Client, folder: Path, method: str, path: str, allowed: set[str]
 ) -> None:
-    answer = check_refused(client.open(path, method=method, headers=AUTH), folder, 405, f"{method} does not work")
+    response = client.open(path, method=method, headers=AUTH)
     works = " or ".join(sorted(allowed - {"HEAD"}))
-    assert answer["message"].endswith(f"{works} does")
-    assert set(client.open(path, method=method, headers=AUTH).headers["Allow"].split(", ")) == allowed
+    check_refused(response, folder, 405, f"{method} does not work at this address, {works} does")
+    assert set(response.headers["Allow"].split(", ")) == allowed
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
@@ -890,27 +886,6 @@ def test_token_stands_in_no_log_answer_or_file(
     assert len(tree(folder)) > 5
     for secret in (token, nearly, hashlib.sha256(token.encode()).hexdigest()):
         assert not [text for text in said if secret in text]
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    return [
-        log_line(one.getMessage())
-        for one in caplog.records
-        if one.name == "dqm_receiver" and one.levelno == logging.INFO
-    ]
-
-
-def test_each_upload_is_one_line_of_the_log(client: Client, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.clear()
-    for body in (PROFILES, PROFILES, GRAPHS, PROFILES[:-1]):
-        client.post(FILES, data=body, headers=HEADERS, environ_overrides={"REMOTE_ADDR": "127.0.0.1"})
-    lines = logged(caplog)
-    for line, receipt in zip(lines, receipts(folder), strict=True):
-        status = 400 if receipt["outcome"] == "rejected" else 200
-        assert (line["event"], line["status"], line["run"], line["address"]) == ("upload", status, "123", "127.0.0.1")
-        for name in ("outcome", "sender", "agent", "filename", "size", "seconds"):
-            assert line[name] == receipt[name]
-        assert (line.get("reason_class"), line.get("reason")) == (receipt["reason_class"], receipt["reason"])
 
 
 @pytest.mark.parametrize(
@@ -1250,45 +1225,32 @@ def test_no_more_validations_at_once_than_cores(make_app: MakeApp, monkeypatch: 
                 now -= 1
 
     monkeypatch.setattr(rootcheck, "check_root_file", watch)
-    statuses: list[int] = []
     count = 3 * CORES + 2
-
-    def work(number: int) -> None:
-        statuses.append(send(Client(app), PROFILES, timeStamp=str(number)).status_code)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert statuses == [200] * count
+    with ThreadPoolExecutor(count) as pool:
+        sent = pool.map(lambda number: send(Client(app), timeStamp=str(number)).status_code, range(count))
+        assert list(sent) == [200] * count
     assert most == CORES
 
 
 def test_slow_senders_keep_others_from_nothing(make_app: MakeApp, folder: Path) -> None:
     app = make_app()
     gates = [Gate(PROFILES) for _ in range(CORES + 3)]
-    statuses: list[int] = []
-
-    def work(number: int) -> None:
-        statuses.append(send_chunked(Client(app), gates[number], timeStamp=str(1000 + number)).status_code)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(gates))]
-    for thread in threads:
-        thread.start()
-    try:
-        assert all(gate.waiting.wait(30) for gate in gates)
-        assert len(incoming(folder)) == len(gates)
-        assert send(Client(app)).status_code == 200
-        assert statuses == []
-        app.storage.recover()
-        assert get(Client(app), FILES) == {"files": [NAME]}
-    finally:
-        for gate in gates:
-            gate.open.set()
-        for thread in threads:
-            thread.join()
-    assert statuses == [200] * len(gates)
+    with ThreadPoolExecutor(len(gates)) as pool:
+        slow = [
+            pool.submit(send_chunked, Client(app), gate, timeStamp=str(1000 + number))
+            for number, gate in enumerate(gates)
+        ]
+        try:
+            assert all(gate.waiting.wait(30) for gate in gates)
+            assert len(incoming(folder)) == len(gates)
+            assert send(Client(app)).status_code == 200
+            assert not any(upload.done() for upload in slow)
+            app.storage.recover()
+            assert get(Client(app), FILES) == {"files": [NAME]}
+        finally:
+            for gate in gates:
+                gate.open.set()
+    assert [upload.result().status_code for upload in slow] == [200] * len(gates)
     assert set(visible(folder).values()) == {PROFILES}
     assert len(visible(folder)) == len(gates) + 1
     assert incoming(folder) == []
