@@ -89,6 +89,13 @@ def write_tokens(path: Path, text: str, mode: int = 0o600) -> str:
     return str(path)
 
 
+def zeros(path: Path, size: int) -> Path:
+    """Make a file of so many zero bytes, which takes no room."""
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     """Wait until something is so; fail if it is not within so many seconds."""
     end = time.monotonic() + seconds

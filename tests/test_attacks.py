@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import re
 import socket
 import ssl
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client import FILES, HEADERS, HISTOGRAMS, Answer, connect, curl, digest, head, post, write_tokens
+from client import FILES, HEADERS, HISTOGRAMS, Answer, connect, curl, digest, head, post, write_tokens, zeros
 from hostile_streams import BLOCK, HOSTILE
 from rootfiles import File
 from server import Nginx, Server
@@ -193,9 +192,7 @@ def test_python_sees_why_a_large_body_is_refused(
 ) -> None:
     if library == "requests":
         pytest.importorskip("requests")
-    path = tmp_path / "zeros"
-    path.touch()
-    os.truncate(path, LARGE)
+    path = zeros(tmp_path / "zeros", LARGE)
     program = str(Path(__file__).with_name("python_sender.py"))
     fields = [f"{name}: {value}" for name, value in {**HEADERS, **wrong, "Content-Length": str(LARGE)}.items()]
     command = [sys.executable, program, library, shared.files, str(path), *fields]

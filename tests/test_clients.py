@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from client import DATA, FILES, GRAPHS, HISTOGRAMS, PROFILES, PROJECT, exchange, receipts, settings, visible
+from client import DATA, FILES, GRAPHS, HISTOGRAMS, PROFILES, PROJECT, exchange, receipts, settings, visible, zeros
 from server import Server, adapted, free_port
 
 CLIENT = PROJECT / "clients" / "dqm_send.py"
@@ -88,12 +88,9 @@ def root_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def zeros(tmp_path: Path) -> Path:
+def large(tmp_path: Path) -> Path:
     """A file of 50 MB, larger than the buffers of sockets."""
-    path = tmp_path / "large.root"
-    path.touch()
-    os.truncate(path, 50_000_000)
-    return path
+    return zeros(tmp_path / "large.root", 50_000_000)
 
 
 @pytest.fixture
@@ -514,18 +511,18 @@ def test_words_of_the_proxy_are_misconfigured(fake: Callable[..., Fake], send: S
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("linger", [0.0, 1.5])
 def test_early_refusal_is_read(
-    fake: Callable[..., Fake], send: Send, zeros: Path, certificate: Path, tls: bool, linger: float
+    fake: Callable[..., Fake], send: Send, large: Path, certificate: Path, tls: bool, linger: float
 ) -> None:
     server = fake(error(400, "too early"), read=100_000, linger=linger, tls=certificate if tls else None)
-    done = send(server.url, *SENT_AS, "--timeout", 0.7, "--ca-file", certificate, zeros)
+    done = send(server.url, *SENT_AS, "--timeout", 0.7, "--ca-file", certificate, large)
     assert done.facts("outcome", "message") == [("refused", "too early")], done
     # OpenSSL reads no more from a connection that broke under a write: there the answer may take another attempt.
     assert len(server.requests) == 1 or (tls and not linger)
 
 
-def test_early_acknowledgement_is_not_believed(fake: Callable[..., Fake], send: Send, zeros: Path) -> None:
+def test_early_acknowledgement_is_not_believed(fake: Callable[..., Fake], send: Send, large: Path) -> None:
     server = fake(acknowledgement, read=100_000)
-    done = send(server.url, *SENT_AS, "--tries", 2, zeros)
+    done = send(server.url, *SENT_AS, "--tries", 2, large)
     assert (done.status, done.lines[0]["outcome"], len(server.requests)) == (1, "failed", 2)
 
 
@@ -623,12 +620,12 @@ def test_folders_and_pipes_are_not_sent(send: Send, tmp_path: Path) -> None:
 
 
 def test_progress_is_shown_on_terminals_only(
-    fake: Callable[..., Fake], command: Command, send: Send, zeros: Path
+    fake: Callable[..., Fake], command: Command, send: Send, large: Path
 ) -> None:
     server = fake(acknowledgement)
-    assert send(server.url, *SENT_AS, zeros).error == ""
+    assert send(server.url, *SENT_AS, large).error == ""
     master, slave = pty.openpty()
-    with subprocess.Popen(command(server.url, *SENT_AS, zeros), stdout=subprocess.PIPE, stderr=slave) as client:
+    with subprocess.Popen(command(server.url, *SENT_AS, large), stdout=subprocess.PIPE, stderr=slave) as client:
         os.close(slave)
         shown = b""
         with contextlib.suppress(OSError):  # EIO: the terminal's other end is closed
@@ -892,20 +889,19 @@ def test_spool_survives_kills_at_any_time(
 # --- curl as documented ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "status", "requests"), [("good", 0, 1), ("bad", 22, 1), ("full, then good", 0, 2)])
+@pytest.mark.parametrize(
+    ("replies", "status"),
+    [([acknowledgement], 0), ([error(400)], 22), ([error(503), acknowledgement], 0)],
+    ids=["good", "bad", "full, then good"],
+)
 def test_documented_curl_retries_no_refusal(
-    fake: Callable[..., Fake], root_file: Path, token_file: Path, kind: str, status: int, requests: int
+    fake: Callable[..., Fake], root_file: Path, token_file: Path, replies: list[Reply], status: int
 ) -> None:
-    replies: dict[str, list[Reply]] = {
-        "good": [acknowledgement],
-        "bad": [error(400)],
-        "full, then good": [error(503), acknowledgement],
-    }
-    server = fake(*replies[kind])
+    server = fake(*replies)
     script = next(text for text in re.findall(r"```sh\n(.*?)```", SENDING, re.DOTALL) if text.startswith("(umask"))
     script = adapted(script, {"https://dqm.example.org": server.url, "hists.root": f"'{root_file}'", "TOKEN": TOKEN})
     run = subprocess.run(["sh", "-ec", script], cwd=token_file.parent, capture_output=True, check=False)
-    assert (run.returncode, len(server.requests)) == (status, requests), run
+    assert (run.returncode, len(server.requests)) == (status, len(replies)), run
     assert server.requests[0].key == ("EMC", "123456", str(TIME))
     assert server.requests[0].headers["sha256"] == hashlib.sha256(HISTOGRAMS).hexdigest()
     assert (token_file.parent / "header").stat().st_mode & 0o777 == 0o600
@@ -963,9 +959,9 @@ def test_agent_sends_a_file(agent: Path, real: Server, token_file: Path) -> None
     assert run_agent(agent, *sent_as).returncode == 2
 
 
-def test_agent_sees_refusal_of_large_body(agent: Path, real: Server, token_file: Path, zeros: Path) -> None:
+def test_agent_sees_refusal_of_large_body(agent: Path, real: Server, token_file: Path, large: Path) -> None:
     token_file.write_text("wrong")
-    done = run_agent(agent, real.files, token_file, 300005, "EMC", TIME, zeros)
+    done = run_agent(agent, real.files, token_file, 300005, "EMC", TIME, large)
     assert (done.returncode, done.stderr.count("\ndqm_agent")) == (1, 0)
     assert "Received token, but it is invalid!" in done.stderr
 

@@ -247,11 +247,13 @@ def test_too_many_open_files_end_no_worker(make_worker: Callable[..., Worker]) -
 # --- bodies ------------------------------------------------------------------------------------------------------------
 
 
-def test_continue_is_sent_when_the_body_is_read(worker: Worker) -> None:
+@pytest.mark.parametrize("came", [b"", b"abc"], ids=["body to come", "body has come"])
+def test_continue_is_sent_for_a_body_to_come(worker: Worker, came: bytes) -> None:
     with worker.connect() as peer:
-        peer.sendall(head("/take", "Content-Length: 3", "Expect: 100-continue"))
-        assert peer.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        peer.sendall(b"abc")
+        peer.sendall(head("/take", "Content-Length: 3", "Expect: 100-continue") + came)
+        if not came:
+            assert peer.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            peer.sendall(b"abc")
         assert read_answer(peer) == (200, b"3")
 
 
@@ -264,27 +266,23 @@ def test_a_refusal_comes_without_continue(worker: Worker, field: str) -> None:
     assert b"\r\nConnection: close\r\n" in received
 
 
-def test_no_continue_for_a_body_that_came(worker: Worker) -> None:
-    with worker.connect() as peer:
-        peer.sendall(head("/take", "Content-Length: 3", "Expect: 100-continue") + b"abc")
-        assert read_answer(peer) == (200, b"3")
-
-
-@pytest.mark.parametrize("size", [0, 2000])
-def test_a_small_refused_body_keeps_the_connection(worker: Worker, size: int) -> None:
-    with worker.connect() as peer:
-        for _ in range(3):
-            peer.sendall(head("/refuse", f"Content-Length: {size}") + bytes(size))
-            assert read_answer(peer) == (400, b"refused")
-
-
-@pytest.mark.parametrize("fields", [["Content-Length: 70000"], ["Transfer-Encoding: chunked"]], ids=str)
-def test_a_body_that_was_read_keeps_the_connection(worker: Worker, fields: list[str]) -> None:
-    body = b"11170\r\n" + bytes(70000) + b"\r\n0\r\n\r\n" if "chunked" in fields[0] else bytes(70000)
+@pytest.mark.parametrize(
+    ("path", "field", "body", "answer"),
+    [
+        ("/refuse", "Content-Length: 0", b"", (400, b"refused")),
+        ("/refuse", "Content-Length: 2000", bytes(2000), (400, b"refused")),
+        ("/take", "Content-Length: 70000", bytes(70000), (200, b"70000")),
+        ("/take", "Transfer-Encoding: chunked", b"11170\r\n" + bytes(70000) + b"\r\n0\r\n\r\n", (200, b"70000")),
+    ],
+    ids=["refused, none", "refused, small", "read", "read, chunked"],
+)
+def test_a_body_that_came_keeps_the_connection(
+    worker: Worker, path: str, field: str, body: bytes, answer: tuple[int, bytes]
+) -> None:
     with worker.connect() as peer:
         for _ in range(3):
-            peer.sendall(head("/take", *fields) + body)
-            assert read_answer(peer) == (200, b"70000")
+            peer.sendall(head(path, field) + body)
+            assert read_answer(peer) == answer
 
 
 def test_refused_bodies_hold_no_thread(worker: Worker) -> None:

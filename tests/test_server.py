@@ -35,17 +35,21 @@ from client import (
     PROJECT,
     TOKEN,
     Answer,
+    connect,
     curl,
     digest,
     exchange,
+    head,
     incoming,
     post,
+    read_answer,
     receipts,
     settings,
     tree,
     visible,
     wait_until,
     write_tokens,
+    zeros,
 )
 from server import Server, free_port
 
@@ -64,13 +68,6 @@ def sent(tmp_path: Path) -> Path:
 
 def files_of(server: Server, run: int) -> list[bytes]:
     return [content for name, content in visible(server.folder).items() if f"_{run}_" in name]
-
-
-def zeros(path: Path, size: int) -> Path:
-    """Make a file of so many zero bytes, which takes no room."""
-    path.touch()
-    os.truncate(path, size)
-    return path
 
 
 def check_refused(answer: Answer, status: int, message: str) -> None:
@@ -103,21 +100,25 @@ def test_documented_curl_line_stores_the_file(shared: Server, sent: Path) -> Non
     wait_until(lambda: len(shared.workers()) == min(len(os.sched_getaffinity(0)), 4), 10)
 
 
-@pytest.mark.parametrize(
-    ("run", "arguments"),
-    [
-        (1, ["--data-binary", "@{}"]),
-        (2, ["--data-binary", "@{}", "-HContent-Type: application/octet-stream"]),
-        (3, ["--data-binary", "@{}", "-HTransfer-Encoding: chunked"]),
-        (4, ["-F", "file=@{}", "-HTransfer-Encoding: chunked"]),
-        (5, ["-F", "file=@{};filename=../../x.root;type=application/x-root"]),
-        (6, ["-F", "comment=histograms", "-F", "file=@{}"]),
-        (7, ["-T", "{}", "-X", "POST"]),
-        (8, ["--data-binary", "@{}", "-HExpect: 100-continue"]),
-        (9, ["-F", "file=@{}", "-HExpect: 100-continue"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+SENDING = {
+    "form": ["-F", "file=@{}"],
+    "form without Expect": ["-F", "file=@{}", "-HExpect:"],
+    "form, chunked": ["-F", "file=@{}", "-HTransfer-Encoding: chunked"],
+    "bare": ["--data-binary", "@{}"],
+    "bare without Expect": ["-T", "{}", "-X", "POST", "-HExpect:"],
+    "bare with Expect": ["-T", "{}", "-X", "POST", "-HExpect: 100-continue"],
+    "bare, chunked": ["-T", "{}", "-X", "POST", "-HTransfer-Encoding: chunked", "-HExpect:"],
+    "bare, last of its connection": ["-T", "{}", "-X", "POST", "-HConnection: close", "-HExpect:"],
+}
+MORE = {
+    "bare, with a type": ["--data-binary", "@{}", "-HContent-Type: application/octet-stream"],
+    "form with another name": ["-F", "file=@{};filename=../../x.root;type=application/x-root"],
+    "form with a field": ["-F", "comment=histograms", "-F", "file=@{}"],
+    "form with Expect": ["-F", "file=@{}", "-HExpect: 100-continue"],
+}
+
+
+@pytest.mark.parametrize(("run", "arguments"), [*enumerate([*SENDING.values(), *MORE.values()])], ids=[*SENDING, *MORE])
 def test_curl_may_send_in_many_ways(shared: Server, sent: Path, run: int, arguments: list[str]) -> None:
     filled = (argument.format(sent) for argument in arguments)
     answer = curl(shared.files, *filled, headers={**HEADERS, "runNumber": str(run)})
@@ -178,30 +179,17 @@ def test_one_connection_serves_a_whole_session(shared: Server) -> None:
 
 def test_restless_connection_leaves_others_their_turn(make_server: Callable[..., Server]) -> None:
     port = make_server("--workers", "1", "--threads", "1").port
-    requests, answers = 1500, 0
-    restless = socket.create_connection(("127.0.0.1", port), timeout=30)
-    other = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    begun = threading.Event()
-
-    def read_answers() -> None:
-        nonlocal answers
-        with restless.makefile("rb") as stream:
-            while answers < requests:
-                answers += stream.readline().startswith(b"HTTP/1.1 400 ")
-                begun.set()
-
-    with contextlib.closing(restless), contextlib.closing(other), ThreadPoolExecutor() as pool:
-        sending = pool.submit(
-            restless.sendall, f"GET / HTTP/1.1\r\nHost: x\r\ntoken: {TOKEN}\r\n\r\n".encode() * requests
-        )
-        reading = pool.submit(read_answers)
-        assert begun.wait(30)
+    requests = 1500
+    with connect(port) as restless, connect(port) as other, ThreadPoolExecutor() as pool:
+        sending = pool.submit(restless.sendall, head("/", method="GET", **AUTH) * requests)
+        assert read_answer(restless)[0] == 400
         for _ in range(3):
-            other.request("GET", FILES, headers=AUTH)
-            assert other.getresponse().read() == b'{"files": []}\n'
-        assert answers < requests
+            other.sendall(head(FILES, method="GET", **AUTH))
+            assert read_answer(other) == (200, b'{"files": []}\n')
+        so_far = restless.recv(16 * MB, socket.MSG_PEEK)
+        assert so_far.count(b"HTTP/1.1 400 ") < requests - 1
+        assert {read_answer(restless)[0] for _ in range(requests - 1)} == {400}
         sending.result(60)
-        reading.result(60)
 
 
 def test_worker_may_open_what_the_host_allows(make_server: Callable[..., Server]) -> None:
@@ -231,17 +219,6 @@ def test_wrong_setting_stops_the_start_clearly(tmp_path: Path) -> None:
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
-
-SENDING = {
-    "form": ["-F", "file=@{}"],
-    "form without Expect": ["-F", "file=@{}", "-HExpect:"],
-    "form, chunked": ["-F", "file=@{}", "-HTransfer-Encoding: chunked"],
-    "bare": ["--data-binary", "@{}"],
-    "bare without Expect": ["-T", "{}", "-X", "POST", "-HExpect:"],
-    "bare with Expect": ["-T", "{}", "-X", "POST", "-HExpect: 100-continue"],
-    "bare, chunked": ["-T", "{}", "-X", "POST", "-HTransfer-Encoding: chunked", "-HExpect:"],
-    "bare, last of its connection": ["-T", "{}", "-X", "POST", "-HConnection: close", "-HExpect:"],
-}
 
 
 @pytest.mark.parametrize("sending", SENDING)
