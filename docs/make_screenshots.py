@@ -13,7 +13,7 @@ import uproot
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
 
-from browser import Chromium, Tab, jsroot_folder
+from browser import Tab, chromium, jsroot_folder
 from client import HEADERS, post, settings
 from server import Server
 
@@ -43,7 +43,6 @@ def main() -> None:
     """Take data for a while, with what goes wrong in it, and take pictures."""
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        chromium = Chromium()
         server = Server(
             settings(base / "data", jsroot=str(jsroot_folder(base / "jsroot")), agents=AGENTS), base / "log", ()
         )
@@ -62,18 +61,18 @@ def main() -> None:
             file = next(
                 answer["filename"] for answer in reversed(answers) if answer.get("filename", "").startswith("EMC")
             )
-            tab = Tab(chromium, f"{server.url}/view/", viewport=SIZE, timezone_id="Europe/Zurich")
-            for fragment, seen, picture in (
+            pictures = (
                 (f"#run={RUN}", "tbody tr", "page-run.png"),
                 (f"#file={file}", "figure[data-state=drawn] >> nth=5", "page-file.png"),
-            ):
-                page = tab.open(fragment)
-                page.wait_for_selector(seen)
-                page.screenshot(path=DOCS / picture)
-                print(f"{DOCS / picture}: {(DOCS / picture).stat().st_size} bytes")
+            )
+            with chromium() as browser, Tab(browser, server.url, viewport=SIZE, timezone_id="Europe/Zurich") as tab:
+                for fragment, seen, picture in pictures:
+                    page = tab.open(fragment)
+                    page.wait_for_selector(seen)
+                    page.screenshot(path=DOCS / picture)
+                    print(f"{DOCS / picture}: {(DOCS / picture).stat().st_size} bytes")
         finally:
             server.stop()
-            chromium.stop()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,6 @@ from client import PROJECT, TOKEN
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 CACHE = PROJECT / ".cache" / "npm"
 PATIENCE = 20_000  # ms, for what happens at once on an idle machine
 
@@ -67,50 +60,59 @@ def jsroot_folder(folder: Path) -> Path:
     return folder
 
 
-class Chromium:
-    """One browser for a module's tests."""
-
-    def __init__(self) -> None:
-        if CHROMIUM is None:
-            pytest.skip("Chromium is not installed")
-        self.playwright = sync_playwright().start()
-        self.browser: Browser = self.playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-
-    def stop(self) -> None:
-        self.browser.close()
-        self.playwright.stop()
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as browser:
+        yield browser
 
 
-class Tab:
-    """A tab in a profile of its own; it notes requests and faults."""
+class Tab(contextlib.AbstractContextManager["Tab"]):
+    """A tab in a profile of its own; it notes requests and errors. Nothing may go wrong in it."""
 
-    def __init__(self, chromium: Chromium, view: str, token: str | None = TOKEN, **context: Any) -> None:
+    def __init__(self, browser: Browser, url: str, token: str | None = TOKEN, **context: Any) -> None:
         options = {"viewport": {"width": 1300, "height": 900}, "timezone_id": "America/New_York", **context}
-        self.context = chromium.browser.new_context(**options)
+        self.context = browser.new_context(**options)
         self.context.set_default_timeout(PATIENCE)
-        self.view = view  # the page's address
         self.page: Page = self.context.new_page()
         self.page.add_init_script(_WATCH)
         if token:
             self.page.add_init_script(f"sessionStorage.setItem('dqm-token', {json.dumps(token)})")
+        self.view, self.loads = f"{url}/view/", 0
         self.requests: list[Request] = []
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request))
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
 
     def open(self, fragment: str = "") -> Page:
-        """Open a view of the page."""
-        self.page.goto(self.view + fragment)
+        """Load the page with a view; without another query, the browser would only change the view."""
+        self.loads += 1
+        self.requests.clear()
+        self.page.goto(f"{self.view}?{self.loads}{fragment}")
+        return self.page
+
+    def follow(self, fragment: str) -> Page:
+        """Go to a view as a link does: the page stays loaded, and JSROOT with it."""
+        if not self.loads or self.page.url.endswith(fragment):
+            return self.open(fragment)
+        self.page.evaluate(
+            """fragment => new Promise((resolve) => {
+              addEventListener("hashchange", () => resolve(), { once: true });
+              location.hash = fragment;
+            })""",
+            fragment,
+        )
         return self.page
 
     def refresh(self) -> None:
         """Let the page refresh now, as it does when its tab comes into view."""
         self.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
-    def draw_all(self) -> dict[str, str]:
-        """Scroll until every object has been drawn or explained; return the state of each by name."""
-        found: dict[str, str] = self.page.evaluate(
+    def draw_all(self) -> list[str]:
+        """Scroll until every object has been drawn or explained; return the state of each."""
+        states: list[str] = self.page.evaluate(
             """async () => {
               const end = Date.now() + 60_000;
               const next = () => document.querySelector("section[data-waits]")
@@ -120,16 +122,18 @@ class Tab:
                 open.scrollIntoView({ block: "center" });
                 await new Promise((resolve) => setTimeout(resolve, 20));
               }
-              const figures = [...document.querySelectorAll("figure.object")];
-              return Object.fromEntries(figures.map((figure, index) =>
-                [`${index} ${figure.querySelector("b").textContent}`, figure.dataset.state]));
+              return [...document.querySelectorAll("figure.object")].map((figure) => figure.dataset.state);
             }"""
         )
-        return found
+        return states
 
-    def violations(self) -> list[str]:
-        found: list[str] = self.page.evaluate("window.violations ?? []")
-        return found
+    def faults(self) -> list[str]:
+        """Return what must not happen: violations of the page's policy, and errors."""
+        violations: list[str] = self.page.evaluate("window.violations ?? []")
+        harmless = ("Failed to load resource", "text rect not calcualted")  # a refused request; JSROOT on an odd title
+        return violations + [error for error in self.errors if not error.startswith(harmless)]
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        faults = self.faults()
         self.context.close()
+        assert faults == []
