@@ -128,13 +128,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a long form of an experiment: run with -m slow"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def begin_early(request: pytest.FixtureRequest) -> None:
-    """Begin what takes long but costs nothing before the first test, so that the other tests run beside it."""
-    if any("long_drip" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    """Begin what takes long but costs little before a module's first test, so that the other tests run beside it."""
+    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for name in filter(used.__contains__, ("long_drip", *getattr(request.module, "EARLY", ()))):
         # Whatever goes wrong is raised again for the test that asks for it.
         with contextlib.suppress(Exception, pytest.skip.Exception):
-            request.getfixturevalue("long_drip")
+            request.getfixturevalue(name)
 
 
 LONG_DRIP = 45  # seconds, more than the 30 s after which gunicorn by default takes a worker for stuck

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -234,6 +234,34 @@ def answer_of(connection: ssl.SSLSocket) -> tuple[int, Any]:
     return int(head.split()[1]), json.loads(body)
 
 
+# --- what mostly waits: conftest.py begins it early --------------------------------------------------------------------
+
+EARLY = ("reloads", "pausing")
+
+
+@pytest.fixture(scope="module")
+def pausing(site: Site) -> Iterator[dict[str, Future[tuple[int, Any]]]]:
+    """An upload on each way that pauses for 5 s; uWSGI by default waits for 4."""
+
+    def send(way: Way) -> tuple[int, Any]:
+        with way.connect() as connection:
+            connection.sendall(way.head(len(HISTOGRAMS), runNumber="204") + HISTOGRAMS[:2000])
+            time.sleep(5)
+            connection.sendall(HISTOGRAMS[2000:])
+            return answer_of(connection)
+
+    with ThreadPoolExecutor() as pool:
+        names = [name for name in PREFIXES if name == "gunicorn" or site.uwsgi]
+        yield {name: pool.submit(send, Way(site, name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def reloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[None]]]:
+    """A reload of each uWSGI, whose master looks once a second whether to go on."""
+    with ThreadPoolExecutor() as pool:
+        yield {program: pool.submit(reload_tokens, tmp_path_factory.mktemp("reload"), program) for program in UWSGIS}
+
+
 # --- uploads -----------------------------------------------------------------------------------------------------------
 
 
@@ -276,26 +304,8 @@ def test_a_body_of_unknown_length_arrives(way: Way) -> None:
     assert visible(way.folder)[answer.json["filename"]] == PROFILES
 
 
-@pytest.fixture(scope="module")
-def pausing(site: Site) -> Callable[[str], tuple[int, Any]]:
-    """Begin an upload on each way that pauses for 5 s; uWSGI by default waits for 4."""
-
-    def send(name: str) -> tuple[int, Any]:
-        way = Way(site, name)
-        with way.connect() as connection:
-            connection.sendall(way.head(len(HISTOGRAMS), runNumber="204") + HISTOGRAMS[:2000])
-            time.sleep(5)
-            connection.sendall(HISTOGRAMS[2000:])
-            return answer_of(connection)
-
-    pool = ThreadPoolExecutor()
-    names = [name for name in PREFIXES if name == "gunicorn" or site.uwsgi]
-    answers = {name: pool.submit(send, name) for name in names}
-    return lambda name: answers[name].result(60)
-
-
-def test_a_sender_that_pauses_is_waited_for(way: Way, pausing: Callable[[str], tuple[int, Any]]) -> None:
-    status, answer = pausing(way.name)
+def test_a_sender_that_pauses_is_waited_for(way: Way, pausing: dict[str, Future[tuple[int, Any]]]) -> None:
+    status, answer = pausing[way.name].result(60)
     assert (status, answer["message"]) == (200, receiver.SUCCESS)
 
 
@@ -465,16 +475,15 @@ def sha256_of(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("program", UWSGIS, ids=["pyuwsgi", "uwsgi"])
-def test_a_reload_of_uwsgi_reads_the_tokens(tmp_path: Path, program: Path) -> None:
+def reload_tokens(base: Path, program: Path) -> None:
     """The upload under way is finished, and others are answered meanwhile."""
-    tokens = tmp_path / "tokens.ini"
+    tokens = base / "tokens.ini"
     tokens.write_text(f"[tokens]\nEMC = {sha256_of(TOKEN)}\n")
     tokens.chmod(0o600)
-    (tmp_path / "uwsgi").mkdir()
-    folder, port = tmp_path / "data", free_port()
+    (base / "uwsgi").mkdir()
+    folder, port = base / "data", free_port()
     more = {"DQM_RECEIVER_TOKEN": "", "DQM_RECEIVER_TOKENS_FILE": str(tokens), "UWSGI_HTTP_SOCKET": f"127.0.0.1:{port}"}
-    server = Uwsgi(tmp_path / "uwsgi", folder, program, **more)
+    server = Uwsgi(base / "uwsgi", folder, program, **more)
     files = f"http://127.0.0.1:{port}/dqm{FILES}"
     head = f"POST /dqm{FILES} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(HISTOGRAMS)}\r\nConnection: close\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items()) + "\r\n"
@@ -504,6 +513,11 @@ def test_a_reload_of_uwsgi_reads_the_tokens(tmp_path: Path, program: Path) -> No
         assert curl(files, headers={"token": "new"}).status == 200
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("program", UWSGIS, ids=["pyuwsgi", "uwsgi"])
+def test_a_reload_of_uwsgi_reads_the_tokens(program: Path, reloads: dict[Path, Future[None]]) -> None:
+    reloads[program].result()
 
 
 # --- what agrees with what ---------------------------------------------------------------------------------------------
