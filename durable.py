@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import turns
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -310,7 +312,7 @@ class GroupCommit(Generic[Item, Result]):
         """Return the result of an item, or raise its exception."""
         mine = _Waiting[Item, Result](item)
         self._waiting.append(mine)
-        with self._lock:
+        with turns.waiting(), self._lock:
             if not mine.done:  # else it was in the batch of another thread
                 self._commit_all([self._waiting.popleft() for _ in range(len(self._waiting))])
         outcome = mine.outcome

@@ -9,6 +9,8 @@ of `ThreadWorker`, which costs a file descriptor:
 - after a refusal, while the rest of the body comes (1 MiB and 5 s, or what the application allows), half-closed, so that
   the client gets its answer and no reset (RFC 9112, section 9.6).
 
+The threads take turns (turns.py) from a request's head to its answer.
+
 The application notices three differences. `100 Continue` is sent when the body is first read, so a request that its head
 condemns is refused before its body is sent. Reading a body raises `BodyTooSlow`. `environ["dqm_receiver.discard"](n)` allows n
 bytes of a refused body to be read on; an application that finds it leaves the rest of the body alone.
@@ -45,6 +47,8 @@ from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
+
+import turns
 
 HEAD_TIMEOUT = 10.0  # seconds until a head is complete
 MAX_HEAD = 64 << 10  # bytes
@@ -158,7 +162,7 @@ class BodyReader(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
             self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         began = time.monotonic()
         try:
-            data = cast(bytes, super().chunk(size_hint))
+            data = self._receive(max(self.mxchunk, min(size_hint or 0, self.max_body_chunk)))
         except BlockingIOError as error:  # SO_RCVTIMEO
             raise BodyTooSlow from error
         # Only the time spent in waiting counts: a slow disk is not the sender's fault.
@@ -169,6 +173,13 @@ class BodyReader(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
                 raise BodyTooSlow
             self.waited, self.received = 0.0, 0
         return data
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            return cast(bytes, self.sock.recv(size, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            with turns.waiting():
+                return cast(bytes, self.sock.recv(size))
 
 
 class UploadRequest(Request):  # type: ignore[misc]
@@ -244,7 +255,9 @@ class Connection(TConn):  # type: ignore[misc]
                 return True
             poll = select.poll()
             poll.register(self.sock, select.POLLIN)
-            return bool(poll.poll(NEXT_REQUEST * 1000)) and self.has_head()
+            with turns.waiting():
+                has_data = bool(poll.poll(NEXT_REQUEST * 1000))
+            return has_data and self.has_head()
         except (OSError, EOFError, LimitRequestHeaders):
             return False
 
@@ -454,6 +467,7 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
                 return
             follows = True
             while follows:
+                turns.begin()
                 conn.keep = super().handle(conn)
                 sent = conn.sock.flush()
                 # With more connections than threads, each request waits for its turn.
@@ -461,6 +475,8 @@ class UploadWorker(ThreadWorker):  # type: ignore[misc]
                 follows = bool(conn.keep and sent and alone and conn.has_next_head())
         except OSError:  # the client is gone
             conn.keep = None
+        finally:
+            turns.end()
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
         # What is left of the body has come already, see UploadRequest: gunicorn would set a time-out on the connection.

@@ -32,6 +32,7 @@ from werkzeug.wrappers import Response
 
 import rootcheck
 import storage
+import turns
 from downloads import conditional, send_file
 from durable import StorageError, os_errors
 from receipt_pages import Query, newest
@@ -108,14 +109,16 @@ class FairSlots:
     @contextlib.contextmanager
     def take(self, sender: str) -> Iterator[None]:
         """Wait for a slot, hold it, and pass it on."""
-        turn = threading.Event()
+        slot = threading.Event()
         with self._lock:
             if self._free:
                 self._free -= 1
-                turn.set()
+                slot.set()
             else:
-                self._waiting.setdefault(sender, deque()).append(turn)
-        turn.wait()
+                self._waiting.setdefault(sender, deque()).append(slot)
+        if not slot.is_set():
+            with turns.waiting():
+                slot.wait()
         try:
             yield
         finally:
@@ -128,10 +131,10 @@ class FairSlots:
             if not self._waiting:
                 self._free += 1
                 return
-            sender, turns = self._waiting.popitem(last=False)
-            turns.popleft().set()
-            if turns:
-                self._waiting[sender] = turns  # at the end of the queue
+            sender, slots = self._waiting.popitem(last=False)
+            slots.popleft().set()
+            if slots:
+                self._waiting[sender] = slots  # at the end of the queue
 
 
 class Receiver:

@@ -13,6 +13,7 @@ import time
 import uuid
 from typing import NamedTuple, Self
 
+import turns
 from durable import (
     Descriptor,
     Folder,
@@ -92,7 +93,7 @@ class Upload:
 
     def sync(self) -> None:
         """Fsync the file."""
-        with os_errors():
+        with os_errors(), turns.waiting():
             os.fsync(self.fd)
 
     def move(self, name: str, folder: Descriptor) -> None:
