@@ -66,6 +66,13 @@ class Server:
         """Kill master and workers at once, as a power cut would."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        end = time.monotonic() + 10
+        while time.monotonic() < end:  # the socket listens until the last worker is dead
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                return
+            time.sleep(0.01)
 
     def stop(self, seconds: float = 30.0) -> None:
         if self.process.poll() is None:
