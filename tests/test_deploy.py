@@ -265,7 +265,7 @@ def reloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Fut
 # --- uploads -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_200_mb_arrives_without_nginx_writing_it_down(way: Way, large: Path) -> None:
+def test_nginx_passes_200_mb_on_without_a_file(way: Way, large: Path) -> None:
     how = ["-F", f"file=@{large}"] if way.name == "gunicorn" else ["--data-binary", f"@{large}"]
     answer = way(FILES, *how, runNumber="200")
     assert answer.status == 200, answer
@@ -277,7 +277,7 @@ def test_a_file_of_200_mb_arrives_without_nginx_writing_it_down(way: Way, large:
 
 
 @pytest.mark.parametrize(("form", "expect"), [(True, "Expect:"), (False, "Expect: 100-continue")])
-def test_a_sender_of_100_mb_sees_that_its_token_is_wrong(way: Way, tmp_path: Path, form: bool, expect: str) -> None:
+def test_sender_of_100_mb_sees_wrong_token(way: Way, tmp_path: Path, form: bool, expect: str) -> None:
     sent = tmp_path / "sent"
     with sent.open("wb") as file:
         file.truncate(100 << 20)
@@ -309,7 +309,7 @@ def test_a_sender_that_pauses_is_waited_for(way: Way, pausing: dict[str, Future[
     assert (status, answer["message"]) == (200, receiver.SUCCESS)
 
 
-def test_a_body_beyond_the_limit_is_refused_at_once_in_json(way: Way) -> None:
+def test_body_beyond_limit_is_refused_at_once(way: Way) -> None:
     """nginx answers this one: the limit is the receiver's, and so is the form of the answer."""
     with way.connect() as connection:
         connection.sendall(way.head(LIMIT + (2 << 20)))
@@ -384,7 +384,7 @@ def test_blanks_around_a_header_do_not_matter(way: Way) -> None:
 RANGES = {"0-3": (0, 4), "100-200": (100, 201), "100-": (100, None), "-5": (-5, None)}
 
 
-def test_a_file_is_given_back_whole_and_in_ranges(way: Way) -> None:
+def test_file_comes_back_whole_and_in_ranges(way: Way) -> None:
     way(FILES, "--data-binary", "@-", send=HISTOGRAMS)
     answer = way(f"{FILES}/{NAME}")
     assert (answer.status, answer.body) == (200, HISTOGRAMS)
@@ -397,9 +397,7 @@ def test_a_file_is_given_back_whole_and_in_ranges(way: Way) -> None:
 
 
 @pytest.mark.parametrize(("asked", "start", "end"), [(asked, *span) for asked, span in RANGES.items()])
-def test_ranges_are_right_where_the_servers_file_wrapper_sends_files_from_their_start(
-    client: Client, asked: str, start: int, end: int | None
-) -> None:
+def test_ranges_are_right_with_servers_file_wrapper(client: Client, asked: str, start: int, end: int | None) -> None:
     def sendfile(file: Any, size: int) -> Iterator[bytes]:
         """As uWSGI's: it takes the file's descriptor and knows nothing of a position."""
         yield os.pread(file.fileno(), 1 << 20, 0)
@@ -422,7 +420,7 @@ def test_overwatch_keeps_its_own_pages(site: Site) -> None:
     assert way("/nowhere").json["status"] == 404
 
 
-def test_the_logs_have_the_clients_address_and_the_upload_but_no_token(way: Way) -> None:
+def test_logs_have_address_and_upload_but_no_token(way: Way) -> None:
     run = {"gunicorn": 205, "uwsgi": 207}[way.name]
     answer = way(FILES, "--data-binary", "@-", "--interface", "127.0.0.9", send=HISTOGRAMS, runNumber=str(run))
     assert answer.status == 200
@@ -441,7 +439,7 @@ def test_the_logs_have_the_clients_address_and_the_upload_but_no_token(way: Way)
         assert TOKEN not in text
 
 
-def test_while_the_receiver_is_away_nginx_says_so_in_json(tmp_path: Path) -> None:
+def test_nginx_says_that_receiver_is_away(tmp_path: Path) -> None:
     away = {"server 127.0.0.1:8080": f"server 127.0.0.1:{free_port()}", "/run/overwatch/": f"{tmp_path}/"}
     nginx = Nginx(tmp_path / "nginx", away)
     try:
@@ -455,7 +453,7 @@ def test_while_the_receiver_is_away_nginx_says_so_in_json(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", list(PREFIXES))
-def test_an_upload_under_way_is_finished_before_the_server_stops(site: Site, name: str) -> None:
+def test_server_stops_after_upload_in_progress(site: Site, name: str) -> None:
     way = Way(site, name)
     server = site.gunicorn if name == "gunicorn" or not site.uwsgi else site.uwsgi
     process = server.process
@@ -536,7 +534,7 @@ def test_the_limits_of_nginx_agree_with_the_receivers() -> None:
         assert set(re.findall(name + r" (\S+);", text)) == {f"{seconds:.0f}s"}, name
 
 
-def test_systemd_gives_uploads_the_time_that_gunicorn_gives_them() -> None:
+def test_systemd_gives_uploads_gunicorns_time() -> None:
     assert int(unit()["Service"]["TimeoutStopSec"]) > gunicorn_setting("graceful_timeout")
 
 
