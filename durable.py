@@ -171,7 +171,7 @@ def make_folder(name: str, parent: Descriptor) -> Descriptor:
     """Open a folder in another one; make it if it is missing, and make its name durable."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=parent.fd)
-    os.fsync(parent.fd)  # also if it exists: the process that made it may not have synced it yet
+    fsync(parent.fd)  # also if it exists: the process that made it may not have synced it yet
     return open_folder(name, parent)
 
 
@@ -182,7 +182,7 @@ def make_data_folder(path: Path) -> None:
     for folder in missing:
         fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            fsync(fd)
         finally:
             os.close(fd)
 
@@ -209,6 +209,12 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def fsync(fd: int) -> None:
+    """Make a file or folder durable; other threads have the turn meanwhile (turns.py)."""
+    with turns.waiting():
+        os.fsync(fd)
+
+
 # --- the lock ----------------------------------------------------------------------------------------------------------
 
 
@@ -229,8 +235,9 @@ class FolderLock:
     def hold(self, seconds: float) -> Iterator[None]:
         """Hold the lock; raises StorageUnavailable if it is not free in time."""
         end = time.monotonic() + seconds
-        if not self._threads.acquire(timeout=seconds):
-            raise _lock_is_busy(seconds)
+        with turns.waiting():
+            if not self._threads.acquire(timeout=seconds):
+                raise _lock_is_busy(seconds)
         try:
             with os_errors():
                 self._acquire(end, seconds)
@@ -262,7 +269,8 @@ class FolderLock:
                 self._file = None  # `.lock` was removed: this file excludes only processes that opened it earlier, too
             if time.monotonic() > end:
                 raise _lock_is_busy(seconds)
-            time.sleep(pause)
+            with turns.waiting():
+                time.sleep(pause)
             pause = min(2 * pause, 0.02)
 
 

@@ -98,7 +98,9 @@ class AnswerSocket(socket.socket):
         buffer = cast(bytearray, self.unsent[-1])
         buffer += data
         while len(buffer) > MAX_UNSENT and not self.flush():
-            if not select.select((), (self,), (), ANSWER_TIMEOUT)[1]:
+            with turns.waiting():
+                is_writable = select.select((), (self,), (), ANSWER_TIMEOUT)[1]
+            if not is_writable:
                 raise BrokenPipeError(errno.EPIPE, "the client does not read its answer")
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
@@ -117,7 +119,8 @@ class AnswerSocket(socket.socket):
                     del part[:sent]
                 else:
                     self.setblocking(False)  # sendfile knows no flags
-                    sent = os.sendfile(self.fileno(), *part)
+                    with turns.waiting():
+                        sent = os.sendfile(self.fileno(), *part)
                     if not sent and part[2]:
                         raise BrokenPipeError(errno.EPIPE, "the file became shorter")
                     part[1:] = part[1] + sent, part[2] - sent

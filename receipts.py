@@ -27,6 +27,7 @@ from durable import (
     GroupCommit,
     StorageError,
     StorageUnavailable,
+    fsync,
     list_names,
     make_folder,
     open_folder,
@@ -160,7 +161,7 @@ class ReceiptLog:
         log = self._open_log(run)
         write_all(log.file.fd, b"".join(self._line(receipt, log) for receipt in receipts))
         if any(receipt.outcome != "rejected" for receipt in receipts):
-            os.fsync(log.file.fd)
+            fsync(log.file.fd)
         if time.monotonic() - log.touched > _TOUCH_INTERVAL:
             os.utime(log.folder.fd)
             log.touched = time.monotonic()
@@ -168,14 +169,12 @@ class ReceiptLog:
     def _open_log(self, run: int) -> _Log:
         """Return this process's log of a run; a new one if the run's folder was archived or removed."""
         receipts = self.folder.open()
-        log = self._logs.get(run)
-        if log and log.file.has_path(f"{run}/{log.name}", receipts):
+        if (log := self._logs.get(run)) and log.file.has_path(f"{run}/{log.name}", receipts):
             self._logs.move_to_end(run)
             return log
-        folder = make_folder(str(run), receipts)
-        name = f"{uuid.uuid4().hex}.jsonl"
+        folder, name = make_folder(str(run), receipts), f"{uuid.uuid4().hex}.jsonl"
         file = open_regular(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, folder)
-        os.fsync(folder.fd)
+        fsync(folder.fd)
         self._logs[run] = log = _Log(name, folder, file)
         if len(self._logs) > _MAX_OPEN_LOGS:
             self._logs.popitem(last=False)
@@ -191,9 +190,8 @@ class ReceiptLog:
     def runs(self) -> list[int]:
         """Return the runs that have receipts, sorted."""
         with os_errors():
-            if not self.folder.exists():
-                return []
-            return sorted(int(name) for name in list_names(self.folder.open()) if _RUN.fullmatch(name))
+            names = list_names(self.folder.open()) if self.folder.exists() else []
+        return sorted(int(name) for name in names if _RUN.fullmatch(name))
 
     def recent_runs(self) -> list[int]:
         """Return the runs that have receipts, most recently active first; a new run may be a second late."""

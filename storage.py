@@ -43,6 +43,7 @@ from durable import (
     StorageError,
     StorageUnavailable,
     check_flock,
+    fsync,
     list_names,
     make_data_folder,
     open_folder,
@@ -201,7 +202,7 @@ class Storage:
         """Step 2: fsync the file that has the name, and preserve it if its bytes differ; None if it has lost the name."""
         found = self._look(upload, name)
         if found.file:
-            os.fsync(found.file.fd)
+            fsync(found.file.fd)
             if found.sha256 != upload.sha256 and not self._preserve(found.file, name, f"{name}.{found.sha256}"):
                 return None
         return found
@@ -263,7 +264,7 @@ class Storage:
     def _sync(self, folder: Descriptor) -> None:
         """Fsync a folder. If that fails, this process takes no more uploads."""
         try:
-            os.fsync(folder.fd)
+            fsync(folder.fd)
         except OSError as error:
             # The kernel reports a write error once, so the next fsync could succeed without the data.
             self._failure = "The data folder cannot be used: its fsync failed, so this process must be restarted"

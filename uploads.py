@@ -13,13 +13,13 @@ import time
 import uuid
 from typing import NamedTuple, Self
 
-import turns
 from durable import (
     Descriptor,
     Folder,
     FolderLock,
     InsufficientStorage,
     StorageError,
+    fsync,
     list_names,
     open_folder,
     open_regular,
@@ -93,8 +93,8 @@ class Upload:
 
     def sync(self) -> None:
         """Fsync the file."""
-        with os_errors(), turns.waiting():
-            os.fsync(self.fd)
+        with os_errors():
+            fsync(self.fd)
 
     def move(self, name: str, folder: Descriptor) -> None:
         """Rename the upload out of `.incoming/`."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from gunicorn.config import Config
 
 import turns
-from durable import GroupCommit
-from gunicorn_worker import AnswerSocket, BodyReader
+from durable import Folder, FolderLock, GroupCommit, make_data_folder
+from gunicorn_worker import AnswerSocket, BodyReader, Connection
 from receiver import FairSlots
 from storage import Storage
 
@@ -29,7 +32,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let threads wait for the turn as long as they must."""
-    monkeypatch.setattr(turns, "MAX_WAIT", 30.0)
+    monkeypatch.setattr(turns, "MAX_WAIT", 300.0)
 
 
 def take_turn(then: Callable[[], object] = lambda: None) -> float:
@@ -99,24 +102,37 @@ def test_fsync_of_an_upload_gives_up_the_turn(
         upload.sync()
 
 
-@pytest.mark.usefixtures("patience")
-def test_waiting_for_a_slot_gives_up_the_turn(pool: ThreadPoolExecutor) -> None:
+def slots(_: Path) -> list[AbstractContextManager[None]]:
     slots = FairSlots(1)
+    return [slots.take("one"), slots.take("other")]
+
+
+def locks(folder: Path) -> list[AbstractContextManager[None]]:
+    make_data_folder(folder)
+    return [FolderLock(Folder(str(folder))).hold(30) for _ in range(2)]
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("rivals", [slots, locks])
+def test_waiting_for_another_thread_gives_up_the_turn(
+    pool: ThreadPoolExecutor, folder: Path, rivals: Callable[[Path], list[AbstractContextManager[None]]]
+) -> None:
+    one, other = rivals(folder)
     is_taken, is_over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with slots.take("other"):
+        with one:
             is_taken.set()
-            is_over.wait(30)
+            assert is_over.wait(30)
 
-    holder = pool.submit(hold)
+    holding = pool.submit(hold)
     assert is_taken.wait(30)
     turns.begin()
-    other = pool.submit(take_turn, is_over.set)
-    with slots.take("sender"):
+    computing = pool.submit(take_turn, is_over.set)
+    with other:
         pass
-    other.result(30)
-    holder.result(30)
+    computing.result(30)
+    holding.result(30)
 
 
 @pytest.mark.usefixtures("patience")
@@ -127,3 +143,27 @@ def test_body_that_waits_gives_up_the_turn(pool: ThreadPoolExecutor) -> None:
         sending = pool.submit(take_turn, lambda: client.sendall(b"body"))
         assert BodyReader(connection).chunk() == b"body"
         sending.result(30)
+
+
+@pytest.mark.usefixtures("patience")
+def test_wait_for_next_request_gives_up_the_turn(pool: ThreadPoolExecutor) -> None:
+    client, accepted = socket.socketpair()
+    with client, contextlib.closing(Connection(Config(), accepted, "", "")) as connection:
+        turns.begin()
+        computing = pool.submit(take_turn)
+        assert not connection.has_next_head()
+        assert computing.result(30) < time.monotonic()
+
+
+@pytest.mark.usefixtures("patience")
+def test_sending_a_file_gives_up_the_turn(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sendfile(_peer: int, _file: int, _offset: int, count: int) -> int:
+        pool.submit(take_turn).result(30)
+        return count
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    client, accepted = socket.socketpair()
+    with client, contextlib.closing(AnswerSocket(accepted)) as connection, Path(__file__).open("rb") as file:
+        turns.begin()
+        connection.sendfile(file)
+        assert connection.flush()
