@@ -62,7 +62,7 @@ __version__ = "0.2.0"
 
 logger = logging.getLogger("dqm_receiver")
 
-_CHUNK = 1 << 18  # bytes read at once
+_CHUNK = 1 << 17  # bytes read at once
 _REFUSED_BYTES, _REFUSED_SECONDS = 1 << 20, 5.0  # limits on reading a refused body if the token is not valid
 _RATE_TIME = 60.0  # seconds over which a refused body must keep its minimum rate
 _MAX_RECEIVED = 1 << 20  # bytes of JSON that describe the objects of a file

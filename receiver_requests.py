@@ -28,7 +28,7 @@ FORM_OVERHEAD = 1 << 20  # bytes that a form may have beside its file
 REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 NO_FILE = "No file uploaded and the payload was empty"
 
-_FORM_CHUNK = 1 << 19  # bytes of a form that are read at once
+_FORM_CHUNK = 1 << 17  # bytes of a form that are read at once
 _FORM_TAIL = 512  # bytes at the end of a form that are read as a piece of their own
 _MAX_FORM_PARTS = 16
 _MAX_PADDING = 100  # blanks after a boundary (RFC 2046, 5.1.1, "transport-padding")
