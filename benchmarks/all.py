@@ -12,7 +12,17 @@ import sys
 import common
 
 PAGE = common.PROJECT / "docs" / "performance.md"
-NAMES = ("uploads", "slow_disk", "validation", "hostile", "scaling", "many_runs")
+NAMES = (
+    "uploads",
+    "upload_profile",
+    "slow_disk",
+    "validation",
+    "hostile",
+    "scaling",
+    "many_runs",
+    "memory",
+    "downloads",
+)
 
 
 def main() -> None:

@@ -99,6 +99,7 @@ def answers(options: common.Options) -> list[list[str]]:
             ]
             rows.append([f"list of {number:,} files; 1 run of them", *(f"{took:.1f} ms" for took in times)])
         receipt = {
+            "id": "2015-11-24T18:04:12.104223Z-000001-00000000",
             "received_at": "2015-11-24T18:04:12.104223Z",
             "outcome": "stored",
             "filename": NAME.format(run=300005, minute=0, second=0),
@@ -115,7 +116,10 @@ def answers(options: common.Options) -> list[list[str]]:
             "seconds": 0.004,
             "validation_seconds": 0.002,
         }
-        (data / ".receipts" / "300005.jsonl").write_text(f"{json.dumps(receipt)}\n" * RECEIPTS)
+        run = data / ".receipts" / "300005"
+        run.mkdir(mode=0o700, parents=True)
+        run.parent.chmod(0o700)
+        (run / "earlier.jsonl").write_text(f"{json.dumps(receipt)}\n" * RECEIPTS)
         path = "/rest/api/runs/300005"
         first = milliseconds(server, path, {}, 200, 1)
         later = milliseconds(server, path, {}, 200, 20 * options.rounds)
