@@ -39,6 +39,7 @@ from receipt_pages import Query, newest
 from receipts import OUTCOMES, Receipt, ReceiptLog, RunNotFound
 from receiver_metrics import Metrics
 from receiver_requests import (
+    BODY_CHUNK,
     FORM_OVERHEAD,
     NO_FILE,
     ClientGone,
@@ -62,7 +63,6 @@ __version__ = "0.2.0"
 
 logger = logging.getLogger("dqm_receiver")
 
-_CHUNK = 1 << 17  # bytes read at once
 _REFUSED_BYTES, _REFUSED_SECONDS = 1 << 20, 5.0  # limits on reading a refused body if the token is not valid
 _RATE_TIME = 60.0  # seconds over which a refused body must keep its minimum rate
 _MAX_RECEIVED = 1 << 20  # bytes of JSON that describe the objects of a file
@@ -338,7 +338,7 @@ class Receiver:
             if request.is_form:
                 receive_form(request, upload)
             else:
-                while piece := request.body.read(_CHUNK):
+                while piece := request.body.read(BODY_CHUNK):
                     upload.write(piece)
             if not upload.size:
                 reason = "the part `file` is empty" if request.is_form else "the request has no body"

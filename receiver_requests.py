@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dqm_receiver")
 
+BODY_CHUNK = 1 << 17  # bytes of a body that are read at once
 FORM_OVERHEAD = 1 << 20  # bytes that a form may have beside its file
 REQUIRED_HEADERS = ("runNumber", "timeStamp", "amoreAgent")
 NO_FILE = "No file uploaded and the payload was empty"
 
-_FORM_CHUNK = 1 << 17  # bytes of a form that are read at once
 _FORM_TAIL = 512  # bytes at the end of a form that are read as a piece of their own
+_MAX_FORM_BUFFER = 2 << 20  # bytes of a preamble, of the head of a part, or of an epilogue
 _MAX_FORM_PARTS = 16
 _MAX_PADDING = 100  # blanks after a boundary (RFC 2046, 5.1.1, "transport-padding")
 _QUOTES = "a boundary with = or / must stand in quotes"
@@ -258,13 +259,13 @@ def form_events(request: ReceiverRequest) -> Iterator[Event]:
     if not boundary or not boundary.isascii():
         raise malformed(f"its Content-Type has no boundary, or one that is not ASCII; {_QUOTES}")
     delimiter = b"--" + boundary.encode()
-    decoder = MultipartDecoder(boundary.encode(), max_form_memory_size=4 * _FORM_CHUNK, max_parts=_MAX_FORM_PARTS)
+    decoder = MultipartDecoder(boundary.encode(), max_form_memory_size=_MAX_FORM_BUFFER, max_parts=_MAX_FORM_PARTS)
     try:
         while not isinstance(event := decoder.next_event(), Epilogue):
             if isinstance(event, NeedData):
                 # Werkzeug (3.1.9) searches a piece that holds a boundary by a slow expression, so the closing one gets a small piece.
                 left = (request.content_length or 0) - request.body.received
-                size = min(_FORM_CHUNK, left - _FORM_TAIL) if left > _FORM_TAIL else _FORM_CHUNK
+                size = min(BODY_CHUNK, left - _FORM_TAIL) if left > _FORM_TAIL else BODY_CHUNK
                 decoder.receive_data(request.body.read(size) or None)
                 # If a chunk ends inside a delimiter line, Werkzeug (3.1.9) adds the CR before that line to the file.
                 while ends_in_delimiter(decoder.buffer, delimiter) and not decoder.complete:

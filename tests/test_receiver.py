@@ -65,6 +65,7 @@ from werkzeug.test import Client, TestResponse
 import receiver
 import rootcheck
 import uploads
+from receiver_requests import FORM_OVERHEAD
 from storage import Storage
 
 MakeApp = Callable[..., receiver.Receiver]
@@ -277,6 +278,23 @@ def test_form_is_byte_exact_in_any_pieces(client: Client, folder: Path, content:
         assert (answer["status"], answer.get("sha256")) == (200, hashlib.sha256(content).hexdigest()), first
     assert send(client, body, FORM).status_code == 200
     assert visible(folder) == {NAME: content}
+
+
+LONG = "x" * FORM_OVERHEAD
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        LONG.encode() + b"\r\n" + multipart(part(PROFILES)),
+        multipart(part(PROFILES, more=f"X: {LONG}\r\n")),
+        multipart(part(PROFILES), end=b"--\r\n" + LONG.encode()),
+    ],
+    ids=["preamble", "head", "epilogue"],
+)
+def test_form_has_room_beside_its_file(client: Client, folder: Path, body: bytes) -> None:
+    assert send(client, body, FORM).status_code == 200
+    assert visible(folder) == {NAME: PROFILES}
 
 
 # --- checking a file ---------------------------------------------------------------------------------------------------
