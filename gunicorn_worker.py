@@ -92,6 +92,15 @@ class AnswerSocket(socket.socket):
         self.moved = 0  # bytes sent, or received and discarded
         self.discard_limit = DISCARD_BYTES
 
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        try:
+            return super().recv(size, flags | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if flags & socket.MSG_DONTWAIT:
+                raise
+            with turns.waiting():
+                return super().recv(size, flags)
+
     def sendall(self, data: Any, flags: int = 0) -> None:
         if not self.unsent or isinstance(self.unsent[-1], list):
             self.unsent.append(bytearray())
@@ -167,7 +176,7 @@ class BodyReader(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
             self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         began = time.monotonic()
         try:
-            data = self._receive(max(self.mxchunk, min(size_hint or 0, self.max_body_chunk)))
+            data = cast(bytes, super().chunk(size_hint))
         except BlockingIOError as error:  # SO_RCVTIMEO
             raise BodyTooSlow from error
         # Only the time spent in waiting counts: a slow disk is not the sender's fault.
@@ -178,13 +187,6 @@ class BodyReader(SocketUnreader):  # type: ignore[misc]  # gunicorn has no types
                 raise BodyTooSlow
             self.waited, self.received = 0.0, 0
         return data
-
-    def _receive(self, size: int) -> bytes:
-        try:
-            return cast(bytes, self.sock.recv(size, socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            with turns.waiting():
-                return cast(bytes, self.sock.recv(size))
 
 
 class UploadRequest(Request):  # type: ignore[misc]
