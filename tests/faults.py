@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from client import FILES, HEADERS, HISTOGRAMS, PROJECT, Reply, incoming
+from client import HEADERS, HISTOGRAMS, PROJECT, Reply, connect, head, incoming, read_answer
 from history import History, judge, look, receipts_in, sha256_of
 
 INVALID = HISTOGRAMS[:3000] + bytes(2000) + HISTOGRAMS[5000:]
@@ -69,10 +68,6 @@ def variant(chance: random.Random, size: int = 0) -> bytes:
     return HISTOGRAMS + chance.randbytes(size or chance.randrange(16, 4000))
 
 
-def uploads_in_progress(folder: Path) -> list[Path]:
-    return incoming(folder)
-
-
 def outcomes(folder: Path) -> Counter[str]:
     return Counter(receipt["outcome"] for receipt in receipts_in(folder))
 
@@ -114,10 +109,9 @@ def assert_nothing_left(folder: Path) -> None:
 
 def begin_upload(port: int, body: bytes, time_stamp: int, **more: str) -> socket.socket:
     """Send the head and half of a body."""
-    peer = socket.create_connection(("127.0.0.1", port), timeout=30)
-    fields = {**headers_of(time_stamp), **more, "Content-Length": str(len(body)), "Host": "localhost"}
-    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    peer.sendall(f"POST {FILES} HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])
+    peer = connect(port)
+    fields = {**headers_of(time_stamp), **more, "Content-Length": str(len(body))}
+    peer.sendall(head(**fields) + body[: len(body) // 2])
     return peer
 
 
@@ -125,10 +119,7 @@ def end_upload(peer: socket.socket, body: bytes) -> int:
     """Send the other half and return the status."""
     with peer:
         peer.sendall(body[len(body) // 2 :])
-        response = http.client.HTTPResponse(peer)
-        response.begin()
-        response.read()
-        return response.status
+        return read_answer(peer)[0]
 
 
 # --- receivers in processes of their own -------------------------------------------------------------------------------

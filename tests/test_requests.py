@@ -31,6 +31,7 @@ from client import (
     connect,
     exchange,
     head,
+    incoming,
     post,
     read_answer,
     rest_of,
@@ -39,7 +40,7 @@ from client import (
     wait_until,
 )
 from conftest import LONG_DRIP
-from faults import assert_nothing_left, name_of, uploads_in_progress
+from faults import assert_nothing_left, name_of
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -254,7 +255,7 @@ QUICK = 30  # seconds, on the slowest machine; a thread that waits for a silent 
 def server(shared: Server) -> Iterator[Server]:
     """The shared server; whatever a test does to it, it has its workers, its folder and its manners afterwards."""
     # A test before this one may have left whole uploads behind whose senders did not wait for the answer.
-    wait_until(lambda: uploads_in_progress(shared.folder) == [], 60)
+    wait_until(lambda: incoming(shared.folder) == [], 60)
     for path in shared.folder.glob("*.root"):
         path.unlink()
     workers = shared.workers()
@@ -396,7 +397,7 @@ def test_slow_senders_keep_no_upload_waiting(server: Server, to_the_end: bool) -
 
     dripping = threading.Thread(target=drip)
     dripping.start()
-    wait_until(lambda: len(uploads_in_progress(server.folder)) == DRIPS, 60)
+    wait_until(lambda: len(incoming(server.folder)) == DRIPS, 60)
     begin = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         headers = [{**HEADERS, "timeStamp": str(stamp)} for stamp in range(1010, 1030)]
@@ -463,7 +464,7 @@ def test_connection_cut_at_any_stage_leaves_nothing(server: Server, kind: str, h
                 assert not answer or answer.startswith(b"HTTP/1.1 400 "), (stage, answer)
             elif how == "reset":
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_until(lambda: uploads_in_progress(server.folder) == [], 60)
+    wait_until(lambda: incoming(server.folder) == [], 60)
     # The end of a form behind its file, and the last line of a chunked body, may be taken for granted.
     assert visible(server.folder) in ([{}] if kind == "bare" else [{}, {NAME: HISTOGRAMS}])
 
@@ -473,7 +474,7 @@ def test_sender_that_leaves_stores_all_or_nothing(server: Server) -> None:
         with connect(server.port) as peer:
             peer.sendall(upload_head(LENGTH, stamp=stamp) + HISTOGRAMS)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_until(lambda: uploads_in_progress(server.folder) == [], 60)
+    wait_until(lambda: incoming(server.folder) == [], 60)
     assert set(visible(server.folder).values()) <= {HISTOGRAMS}
 
 
@@ -532,7 +533,7 @@ def test_100_continue_answers_a_sender_that_waits(server: Server, stays: bool) -
             assert read_answer(peer)[0] == 200
         else:
             assert post(server.port, PROFILES).status == 200
-    wait_until(lambda: uploads_in_progress(server.folder) == [], 60)
+    wait_until(lambda: incoming(server.folder) == [], 60)
     assert visible(server.folder) == {NAME: HISTOGRAMS if stays else PROFILES}
 
 
