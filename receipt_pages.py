@@ -5,6 +5,8 @@ A page is merged from the ends of the logs, and at most 20,000 lines are read fo
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import heapq
 import os
 from collections.abc import Iterator
@@ -44,6 +46,17 @@ def newest(receipts: ReceiptLog, run: int | None, query: Query) -> tuple[list[Re
             if query.matches(receipt):
                 found.append(receipt)
         return found, None
+
+
+def etag_of(receipts: ReceiptLog, run: int | None) -> str:
+    """Return a string that changes with each receipt of a run, or of the recent runs; raises RunNotFound."""
+    digest = hashlib.sha256()
+    with os_errors():
+        for folder, name in receipts.logs_of(run):
+            with contextlib.suppress(FileNotFoundError):
+                size = os.stat(name, dir_fd=folder.fd, follow_symlinks=False).st_size
+                digest.update(f"{name} {size}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def _read_backwards(folder: Descriptor, name: str, before: str | None) -> Iterator[Receipt]:

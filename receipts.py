@@ -1,16 +1,16 @@
 """The log of uploads: a receipt for each.
 
 A receipt is one JSON line of `.receipts/<run>/<writer>.jsonl`. Only one process appends to a log, so its lines are in order of time.
-Receipts that acknowledge an upload are fsynced before the answer, in groups. Rejections promise nothing, so they are not fsynced.
+Receipts that acknowledge uploads are fsynced before the answers. Rejections promise nothing, so they are not fsynced.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
+import threading
 import time
 import uuid
 import weakref
@@ -21,10 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import turns
 from durable import (
     Descriptor,
     Folder,
-    GroupCommit,
     StorageError,
     StorageUnavailable,
     fsync,
@@ -128,17 +128,21 @@ class ReceiptLog:
     def _begin_process(self) -> None:
         """Make the objects that a process must not share with its parent."""
         self._logs: OrderedDict[int, _Log] = OrderedDict()
-        self._appends = GroupCommit(self._append_batch)
+        self._lock = threading.Lock()
         self._listing: tuple[float, list[int]] = -_LISTING_AGE, []  # its time, and the runs, most recently active first
         self._received_at = ""  # of the batch appended last
         self._count = 0  # of receipts, so that ids of one batch are in order
 
-    def append(self, receipt: Receipt) -> None:
-        """Append a receipt to this process's log of its run, durably unless it is a rejection."""
-        self._appends(receipt)
+    def append(self, batch: Sequence[Receipt]) -> list[Receipt | StorageError]:
+        """Append receipts to this process's logs of their runs, fsynced unless all of a run are rejections; return each, or its error."""
+        with turns.waiting():
+            self._lock.acquire()
+        try:
+            return self._append(batch)
+        finally:
+            self._lock.release()
 
-    def _append_batch(self, batch: Sequence[Receipt]) -> list[None | Exception]:
-        """Append all receipts that wait, with one write and at most one fsync for each run."""
+    def _append(self, batch: Sequence[Receipt]) -> list[Receipt | StorageError]:
         received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         if received_at < self._received_at:  # the clock was set back, and readers rely on the order of a log's lines
             self._logs.clear()
@@ -155,7 +159,7 @@ class ReceiptLog:
                 # Never InsufficientStorage: an accepted upload has its name already.
                 why = error.strerror if isinstance(error, OSError) else error
                 errors[run] = StorageUnavailable(f"The receipt could not be written: {why}")
-        return [errors.get(receipt.run) for receipt in batch]
+        return [errors.get(receipt.run, receipt) for receipt in batch]
 
     def _append_to_run(self, run: int, receipts: Sequence[Receipt]) -> None:
         log = self._open_log(run)
@@ -211,16 +215,6 @@ class ReceiptLog:
                     if _RUN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                         active.append((entry.stat(follow_symlinks=False).st_mtime_ns, int(entry.name)))
         return [run for _, run in sorted(active, reverse=True)]
-
-    def etag(self, run: int | None) -> str:
-        """Return a string that changes with each receipt of the run, or of the recent runs; raises RunNotFound."""
-        digest = hashlib.sha256()
-        with os_errors():
-            for folder, name in self.logs_of(run):
-                with contextlib.suppress(FileNotFoundError):
-                    size = os.stat(name, dir_fd=folder.fd, follow_symlinks=False).st_size
-                    digest.update(f"{name} {size}\n".encode())
-        return digest.hexdigest()[:32]
 
     def logs_of(self, run: int | None) -> Iterator[tuple[Descriptor, str]]:
         """Yield the logs of a run, or of the recent runs, each as its folder and name; raises RunNotFound."""

@@ -19,8 +19,9 @@ import threading
 import time
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ import storage
 import turns
 from downloads import conditional, send_file
 from durable import StorageError, os_errors
-from receipt_pages import Query, newest
+from receipt_pages import Query, etag_of, newest
 from receipts import OUTCOMES, Receipt, ReceiptLog, RunNotFound
 from receiver_metrics import Metrics
 from receiver_requests import (
@@ -145,6 +146,7 @@ class Receiver:
         try:
             self.storage = storage.Storage(
                 settings.data_folder,
+                self.record,
                 max_file_size=settings.max_file_size,
                 min_free_space=settings.min_free_space,
                 max_rejected=settings.max_rejected,
@@ -258,23 +260,29 @@ class Receiver:
         """POST /rest/api/files: receive the body, validate, commit, record, answer."""
         headers = self.read_head(request, required=True)
         self.receipts.folder.open()  # a folder that cannot be used is found before the commit
-        with self.metrics.upload_in_progress(), self.recording_rejections(request, headers):
-            with self.receive_body(request) as upload:
-                objects, validation_seconds = self.validate(request, upload, headers)
-                outcome = self.storage.commit(upload, headers.file_name)
-            receipt = make_receipt(
+        with (
+            self.metrics.upload_in_progress(),
+            self.recording_rejections(request, headers),
+            self.receive_body(request) as upload,
+        ):
+            objects, validation_seconds = self.validate(request, upload, headers)
+            make = partial(
+                make_receipt,
                 request,
                 headers,
-                outcome,
                 size=upload.size,
                 sha256=upload.sha256,
                 objects=len(objects),
                 validation_seconds=validation_seconds,
             )
-            self.receipts.append(receipt)
+            receipt = self.storage.commit(upload, headers.file_name, make)
         self.report(request, receipt)
         content = success_content(upload, objects, headers.file_name)
-        return json_response(content if outcome == "stored" else content | {outcome: True})
+        return json_response(content if receipt.outcome == "stored" else content | {receipt.outcome: True})
+
+    def record(self, batch: Sequence[Receipt]) -> Sequence[Receipt | StorageError]:
+        """Append the receipts of uploads that were committed together."""
+        return self.receipts.append(batch)
 
     def check(self, request: ReceiverRequest) -> Response:
         """POST /rest/api/check: give the answer that the upload would get, and store nothing."""
@@ -322,10 +330,9 @@ class Receiver:
         facts = refusal.facts if isinstance(refusal, FileRejected) else {}
         reason = (refusal.reason or str(refusal))[:1000]
         receipt = make_receipt(request, headers, "rejected", reason=reason, reason_class=refusal.reason_class, **facts)
-        try:
-            self.receipts.append(receipt)
-        except StorageError:
-            logger.exception("a rejected upload could not be recorded")
+        [appended] = self.receipts.append([receipt])
+        if isinstance(appended, StorageError):
+            logger.error("a rejected upload could not be recorded: %s", appended)
         self.report(request, receipt, refusal.status)
 
     @contextlib.contextmanager
@@ -437,7 +444,7 @@ class Receiver:
         """GET /rest/api/runs/<run>: summarize the uploads of a run by agent."""
         number = check_number("run in the path", run, storage.MAX_RUN)
         expected = zlib.crc32(" ".join(self.settings.agents).encode())  # `missing` depends on it
-        etag = f"{self.receipts.etag(number)}-{expected:x}"
+        etag = f"{etag_of(self.receipts, number)}-{expected:x}"
         if response := not_modified(request, etag):
             return response
         agents = self.summaries.agents(number)
@@ -453,7 +460,7 @@ class Receiver:
             raise RequestRefused(f"The query outcome must be one of {', '.join(OUTCOMES)}", "query")
         wanted_agent = None if agent is None else check_agent("query amoreAgent", agent)
         query = Query(limit or 100, before, wanted_agent, outcome)
-        etag = self.receipts.etag(number)
+        etag = etag_of(self.receipts, number)
         if response := not_modified(request, etag):
             return response
         receipts, before = newest(self.receipts, number, query)

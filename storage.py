@@ -9,7 +9,7 @@ How an upload becomes a file. The rename is the commit point, and nothing after 
 3. Commit (`Storage._commit_batch`), once for all uploads that wait. Under `.lock`, each name must be as step 2 saw it, or the upload goes
    back to step 2. If the name is free, or its file preserved, the upload is renamed to it (`stored`, `replaced`). If its file has the same
    bytes, the upload is not needed (`duplicate`). After the lock is released, the folder is fsynced.
-4. Record. The caller appends the receipt (receipts.py) and answers 200.
+4. Record. The same thread appends the receipts of these uploads (receipts.py) and fsyncs them. Then each upload is answered 200.
 
 So a visible name always holds a whole file that is on the disk, and a name never vanishes while its file is replaced. If a process dies
 before the rename, crash recovery deletes its upload. If it dies after the rename, the sender gets no answer and sends again.
@@ -19,20 +19,18 @@ A writer is one process. It locks `.incoming/<writer>/lock` while it lives, so r
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import re
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 from durable import (
@@ -44,27 +42,28 @@ from durable import (
     StorageUnavailable,
     check_flock,
     fsync,
-    list_names,
     make_data_folder,
     open_folder,
     open_regular,
     os_errors,
     translate,
 )
-from uploads import LOCK_TIMEOUT, Incoming, Space, Upload
+from uploads import LOCK_TIMEOUT, Incoming, Space, Upload, move_to_quarantine
 
 MAX_RUN = 2**31 - 1
 LAST_TIME_STAMP = 253402297199  # 9999-12-31 23:59:59 in Zurich: names have four digits for the year
 
 _ZONE = "Europe/Zurich"  # of the times in names; the host's own zone does not matter
 _CHUNK = 1 << 20  # bytes read at once
-_MAX_TRIES = 10  # times that an upload goes through steps 2 and 3
+_MAX_TRIES = 30  # times that an upload goes through steps 2 and 3; eight senders that replace two names need up to 15
 _HEALTH_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` when health is checked
 _HEALTH_AGE = 1.0  # seconds for which an answer about health is good
-_MAX_REJECTED_FILES = 1000
 
 _NOT_REGULAR = {errno.ELOOP, errno.ENXIO}  # errors of open_regular
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
+
+Receipt = TypeVar("Receipt")
+Record = Callable[[Sequence[Any]], Sequence[Any]]  # appends receipts, and returns each or the exception that it met
 
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
 
@@ -113,13 +112,17 @@ class _Pending(NamedTuple):
     upload: Upload
     name: str
     found: _Found
+    make_receipt: Callable[[str], Any]
 
 
 class Storage:
     """A data folder that several processes and hosts may use at once."""
 
-    def __init__(self, folder: Path, *, max_file_size: int, min_free_space: int, max_rejected: int) -> None:
+    def __init__(
+        self, folder: Path, record: Record, *, max_file_size: int, min_free_space: int, max_rejected: int
+    ) -> None:
         self.folder = folder.absolute()
+        self._record = record
         self.max_file_size = max_file_size
         self.max_rejected = max_rejected
         self._min_free_space = min_free_space
@@ -164,24 +167,14 @@ class Storage:
 
     def quarantine(self, upload: Upload, name: str) -> None:
         """Move an invalid upload to `.rejected/`, and delete the oldest files there beyond its bounds."""
-        if upload.size > self.max_rejected:
-            return
-        with os_errors():
-            rejected = self._rejected.open(check=True)
-            upload.move(f"{time.time_ns()}.{upload.size}.{name}.{uuid.uuid4().hex[:8]}", rejected)
-            kept = 0
-            # Names begin with the time, so the newest come first; the size in the name saves a stat.
-            for number, kept_name in enumerate(sorted(list_names(rejected), reverse=True)):
-                size = kept_name.split(".", 2)[1:2]
-                kept += int(size[0]) if size and size[0].isdecimal() else 0
-                if kept > self.max_rejected or number >= _MAX_REJECTED_FILES:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(kept_name, dir_fd=rejected.fd)
+        if upload.size <= self.max_rejected:
+            with os_errors():
+                move_to_quarantine(upload, name, self._rejected.open(check=True), self.max_rejected)
 
-    # --- steps 2 and 3: compare and commit -----------------------------------------------------------------------------
+    # --- steps 2 to 4: compare, commit and record ----------------------------------------------------------------------
 
-    def commit(self, upload: Upload, name: str) -> str:
-        """Give an upload its name, durably, and return the outcome: "stored", "duplicate" or "replaced".
+    def commit(self, upload: Upload, name: str, make_receipt: Callable[[str], Receipt]) -> Receipt:
+        """Give an upload its name, record it, and return its receipt, made for the outcome: "stored", "duplicate" or "replaced".
 
         InsufficientStorage means that nothing visible has changed. StorageUnavailable means that the file may have its name.
         """
@@ -189,8 +182,8 @@ class Storage:
         for _ in range(_MAX_TRIES):
             with os_errors():
                 found = self._compare(upload, name)
-            if found and self._commits(_Pending(upload, name, found)):
-                return found.outcome
+            if found and (receipt := self._commits(_Pending(upload, name, found, make_receipt))):
+                return receipt  # type: ignore[no-any-return]
         raise StorageUnavailable(f"The name {name} changed {_MAX_TRIES} times while it was compared")
 
     def compare(self, upload: Upload, name: str) -> str:
@@ -249,8 +242,8 @@ class Storage:
             copy.sync()
             copy.move(name, folder)
 
-    def _commit_batch(self, batch: Sequence[_Pending]) -> list[bool | Exception]:
-        """Step 3: commit all uploads that wait. False stands for an upload whose name has changed since step 2."""
+    def _commit_batch(self, batch: Sequence[_Pending]) -> list[Any]:
+        """Steps 3 and 4 for all uploads that wait: the receipt of each, its exception, or False if its name has changed since step 2."""
         if self._failure:
             raise StorageUnavailable(self._failure)
         with os_errors():
@@ -259,7 +252,9 @@ class Storage:
                 results = [self._take_name(pending, data) for pending in batch]
             self._sync(data)
             self._data.open(check=True)  # Overwatch does not see the files of a folder that was moved away
-        return results
+        committed = [pending for pending, result in zip(batch, results, strict=True) if result is True]
+        recorded = iter(self._record([pending.make_receipt(pending.found.outcome) for pending in committed]))
+        return [next(recorded) if result is True else result for result in results]
 
     def _sync(self, folder: Descriptor) -> None:
         """Fsync a folder. If that fails, this process takes no more uploads."""

@@ -35,6 +35,8 @@ _RECOVERY_INTERVAL = 600.0  # seconds
 _RECOVERY_LOCK_TIMEOUT = 5.0  # seconds to wait for `.lock` in crash recovery, which can be done later
 _SPACE_AGE = 1.0  # seconds for which an answer of statvfs is good
 
+_MAX_REJECTED_FILES = 1000
+
 _ids = itertools.count()  # names of uploads, unique in a process
 
 
@@ -112,6 +114,19 @@ class Upload:
         self._space.settle(unused=self._claimed)
         with contextlib.suppress(OSError):
             os.close(self.fd)
+
+
+def move_to_quarantine(upload: Upload, name: str, rejected: Descriptor, max_bytes: int) -> None:
+    """Move an invalid upload to the folder `.rejected/`, and delete the oldest files there beyond its bounds."""
+    upload.move(f"{time.time_ns()}.{upload.size}.{name}.{uuid.uuid4().hex[:8]}", rejected)
+    kept = 0
+    # Names begin with the time, so the newest come first; the size in the name saves a stat.
+    for number, kept_name in enumerate(sorted(list_names(rejected), reverse=True)):
+        size = kept_name.split(".", 2)[1:2]
+        kept += int(size[0]) if size and size[0].isdecimal() else 0
+        if kept > max_bytes or number >= _MAX_REJECTED_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(kept_name, dir_fd=rejected.fd)
 
 
 class Writer(NamedTuple):

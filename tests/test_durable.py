@@ -30,7 +30,7 @@ from uploads import Upload
 
 @pytest.fixture
 def store(folder: Path) -> Storage:
-    return Storage(folder, max_file_size=1 << 20, min_free_space=0, max_rejected=1 << 20)
+    return Storage(folder, list, max_file_size=1 << 20, min_free_space=0, max_rejected=1 << 20)
 
 
 # --- the lock ----------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_two_hosts_keep_every_file_of_a_name(hosts: Hosts) -> None:
                     seen.add(path.read_bytes())
 
     def send(port: int, body: bytes) -> Reply:
-        # 503: the name changed ten times while the file was compared with it. A sender sends again.
+        # 503: the name changed 30 times while the file was compared with it. A sender sends again.
         while (reply := post(port, body)).status == 503:
             pass
         return reply

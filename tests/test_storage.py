@@ -45,7 +45,9 @@ RIVAL = OLD.upper()
 @pytest.fixture
 def make_store(folder: Path) -> MakeStore:
     def make(where: Path = folder, **limits: int) -> Storage:
-        return Storage(where, **{"max_file_size": 1 << 30, "min_free_space": 0, "max_rejected": 1 << 20, **limits})
+        return Storage(
+            where, list, **{"max_file_size": 1 << 30, "min_free_space": 0, "max_rejected": 1 << 20, **limits}
+        )
 
     return make
 
@@ -65,7 +67,7 @@ def begin(store: Storage, data: bytes, announced: int = 0) -> Iterator[Upload]:
 def commit(store: Storage, data: bytes, name: str = NAME) -> str:
     """Do with a file what the receiver does, and return the outcome."""
     with begin(store, data) as upload:
-        return store.commit(upload, name)
+        return store.commit(upload, name, str)
 
 
 def quarantine(store: Storage, data: bytes, name: str = NAME) -> None:
@@ -196,7 +198,7 @@ def test_threads_of_a_process_share_a_writer(store: Storage) -> None:
 
 def test_failure_after_the_commit_deletes_nothing(store: Storage) -> None:
     with pytest.raises(RuntimeError), begin(store, NEW) as upload:
-        store.commit(upload, NAME)
+        store.commit(upload, NAME, str)
         raise RuntimeError
     assert visible(store.folder) == {NAME: NEW}
 
@@ -274,7 +276,7 @@ def test_reserve_counts_what_the_receiver_may_use(folder: Path, monkeypatch: pyt
     disk = types.SimpleNamespace(f_bfree=100, f_bavail=10, f_frsize=1)
     monkeypatch.setattr(os, "fstatvfs", lambda fd: disk)
     with pytest.raises(InsufficientStorage):
-        Storage(folder, max_file_size=1 << 20, min_free_space=50, max_rejected=0).new_upload()
+        Storage(folder, list, max_file_size=1 << 20, min_free_space=50, max_rejected=0).new_upload()
 
 
 def test_upload_that_cannot_begin_gives_its_room_back(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +436,7 @@ def test_file_that_changes_in_place_is_compared_again(store: Storage, content: b
     file, genuine = store.folder / NAME, store._commits
     commit(store, OLD)
 
-    def change_first(pending: Any) -> bool:
+    def change_first(pending: Any) -> Any:
         store._commits = genuine
         status = file.stat()
         with file.open("r+b") as opened:
@@ -537,7 +539,7 @@ def test_upload_begun_before_a_failed_fsync_is_503(store: Storage, monkeypatch: 
             with pytest.raises(StorageUnavailable):
                 commit(store, NEW, OTHER)
         with pytest.raises(StorageUnavailable, match="restarted"):
-            store.commit(upload, NAME)
+            store.commit(upload, NAME, str)
     assert (store.folder / NAME).read_bytes() == OLD
 
 
@@ -557,7 +559,7 @@ def test_hidden_folders_are_made_at_their_first_use(make_store: MakeStore, tmp_p
 
 
 def test_data_folder_is_durable(tmp_path: Path, synced: list[int]) -> None:
-    Storage(tmp_path / "a/b/data", max_file_size=0, min_free_space=0, max_rejected=0)
+    Storage(tmp_path / "a/b/data", list, max_file_size=0, min_free_space=0, max_rejected=0)
     assert {path.stat().st_ino for path in (tmp_path, tmp_path / "a", tmp_path / "a/b")} <= set(synced)
 
 
@@ -630,7 +632,7 @@ def test_start_deletes_what_dead_writers_left(make_store: MakeStore, store: Stor
         os.utime(path_of(upload), (0, 0))
         make_store()
         assert path_of(upload).read_bytes() == NEW  # however old
-        assert store.commit(upload, OTHER) == "stored"
+        assert store.commit(upload, OTHER, str) == "stored"
     assert not dead.exists()
 
 
@@ -739,7 +741,7 @@ def test_folder_that_is_gone_is_noticed_at_once(store: Storage, monkeypatch: pyt
             store.check_health,
             store.file_names,
             lambda: store.open(OTHER),
-            lambda: store.commit(upload, NAME),
+            lambda: store.commit(upload, NAME, str),
         )
         for question in questions:
             with pytest.raises(StorageUnavailable):
@@ -759,7 +761,7 @@ def test_health_knows_a_folder_that_is_read_only(store: Storage, name: str) -> N
     quarantine(store, OLD)
     program = [
         "import storage, sys, pathlib",
-        "store = storage.Storage(pathlib.Path(sys.argv[1]), max_file_size=9, min_free_space=0, max_rejected=0)",
+        "store = storage.Storage(pathlib.Path(sys.argv[1]), list, max_file_size=9, min_free_space=0, max_rejected=0)",
         "try: store.check_health()\nexcept storage.StorageError as error: print(error)",
     ]
     prefix = WITHOUT_CAPABILITIES if os.geteuid() == 0 else ()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from gunicorn.config import Config
 import turns
 from durable import Folder, FolderLock, GroupCommit, make_data_folder
 from gunicorn_worker import AnswerSocket, BodyReader, Connection
+from receipts import ReceiptLog
 from receiver import FairSlots
 from storage import Storage
 
@@ -84,53 +85,94 @@ def test_thread_without_the_turn_takes_none() -> None:
     turns._turn.release()
 
 
-@pytest.mark.usefixtures("patience")
-def test_group_commit_gives_up_the_turn(pool: ThreadPoolExecutor) -> None:
-    commit = GroupCommit[str, float](lambda items: [pool.submit(take_turn).result(30) for _ in items])
+def test_batch_is_committed_in_a_turn() -> None:
+    commit = GroupCommit[str, bool](lambda items: [turns._thread.has_turn for _ in items])
     turns.begin()
     assert commit("item")
+    turns.end()
+    assert not commit("item")  # a thread that had no turn takes none
+
+
+@pytest.mark.usefixtures("patience")
+def test_thread_that_waits_for_its_turn_holds_up_no_batch(pool: ThreadPoolExecutor) -> None:
+    commit = GroupCommit[str, str](lambda items: items)
+
+    def in_a_turn() -> None:
+        turns.begin()
+        commit("one")
+        turns.end()
+
+    with commit._lock:
+        one = pool.submit(in_a_turn)
+        while not commit._waiting:
+            time.sleep(0.001)
+        commit._commit_all([commit._waiting.popleft()])
+        turns.begin()
+    assert pool.submit(commit, "other").result(30) == "other"
+    assert not one.done()
+    turns.end()
+    one.result(30)
 
 
 @pytest.mark.usefixtures("patience")
 def test_fsync_of_an_upload_gives_up_the_turn(
     pool: ThreadPoolExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(folder, max_file_size=100, min_free_space=0, max_rejected=0)
+    storage = Storage(folder, list, max_file_size=100, min_free_space=0, max_rejected=0)
     turns.begin()
     with storage.new_upload() as upload:
         monkeypatch.setattr("os.fsync", lambda fd: pool.submit(take_turn).result(30))
         upload.sync()
 
 
-def slots(_: Path) -> list[AbstractContextManager[None]]:
+def a_slot(_: Path, gate: threading.Event) -> list[Callable[[], object]]:
     slots = FairSlots(1)
-    return [slots.take("one"), slots.take("other")]
+
+    def take() -> None:
+        with slots.take("one"):
+            assert gate.wait(30)
+
+    return [take, take]
 
 
-def locks(folder: Path) -> list[AbstractContextManager[None]]:
+def the_lock(folder: Path, gate: threading.Event) -> list[Callable[[], object]]:
     make_data_folder(folder)
-    return [FolderLock(Folder(str(folder))).hold(30) for _ in range(2)]
+
+    def hold(lock: FolderLock) -> None:
+        with lock.hold(30):
+            assert gate.wait(30)
+
+    return [partial(hold, FolderLock(Folder(str(folder)))) for _ in range(2)]
+
+
+def a_batch(_: Path, gate: threading.Event) -> list[Callable[[], object]]:
+    commit = GroupCommit[str, bool](lambda items: [gate.wait(30) for _ in items])
+    return [partial(commit, "one"), partial(commit, "other")]
+
+
+def the_log(folder: Path, gate: threading.Event) -> list[Callable[[], object]]:
+    make_data_folder(folder)
+    log = ReceiptLog(folder)
+
+    def hold() -> None:
+        with log._lock:
+            assert gate.wait(30)
+
+    return [hold, partial(log.append, [])]
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("rivals", [slots, locks])
+@pytest.mark.parametrize("rivals", [a_slot, the_lock, a_batch, the_log])
 def test_waiting_for_another_thread_gives_up_the_turn(
-    pool: ThreadPoolExecutor, folder: Path, rivals: Callable[[Path], list[AbstractContextManager[None]]]
+    pool: ThreadPoolExecutor, folder: Path, rivals: Callable[[Path, threading.Event], list[Callable[[], object]]]
 ) -> None:
-    one, other = rivals(folder)
-    is_taken, is_over = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with one:
-            is_taken.set()
-            assert is_over.wait(30)
-
-    holding = pool.submit(hold)
-    assert is_taken.wait(30)
+    gate = threading.Event()
+    one, other = rivals(folder, gate)
+    holding = pool.submit(one)
+    time.sleep(0.1)  # now it holds what the other wants, most likely
     turns.begin()
-    computing = pool.submit(take_turn, is_over.set)
-    with other:
-        pass
+    computing = pool.submit(take_turn, gate.set)
+    other()
     computing.result(30)
     holding.result(30)
 
