@@ -233,7 +233,7 @@ def check_agent(where: str, text: str) -> str:
 
 def receive_form(request: ReceiverRequest, upload: Upload) -> None:
     """Write the part `file` of a multipart form to an upload."""
-    is_file, files, other = False, 0, 0
+    is_file, files, other, piece = False, 0, 0, b""
     for event in form_events(request):
         if isinstance(event, Field | File):
             is_file = event.name == "file"
@@ -244,7 +244,10 @@ def receive_form(request: ReceiverRequest, upload: Upload) -> None:
             if files > 1:
                 raise malformed("it has more than one part named `file`")
         elif isinstance(event, Data) and is_file:
-            upload.write(event.data)
+            piece += event.data
+            if len(piece) > BODY_CHUNK // 2 or not event.more_data:  # so a small file is written at once
+                upload.write(piece)
+                piece = b""
         elif isinstance(event, Data):
             other += len(event.data)
             if other > FORM_OVERHEAD:

@@ -65,7 +65,7 @@ from werkzeug.test import Client, TestResponse
 import receiver
 import rootcheck
 import uploads
-from receiver_requests import FORM_OVERHEAD
+from receiver_requests import BODY_CHUNK, FORM_OVERHEAD
 from storage import Storage
 
 MakeApp = Callable[..., receiver.Receiver]
@@ -729,6 +729,34 @@ def test_body_of_every_refused_request_is_read(client: Client, method: str, path
     response = client.open(path, method=method, input_stream=body, headers=AUTH)
     assert response.status_code in (400, 404, 405)
     assert body.tell() == 1 << 20
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The pieces of uploads that are written from now on."""
+    pieces: list[bytes] = []
+    write = uploads.Upload.write
+
+    def watch(upload: uploads.Upload, data: bytes) -> None:
+        pieces.append(data)
+        write(upload, data)
+
+    monkeypatch.setattr(uploads.Upload, "write", watch)
+    return pieces
+
+
+@pytest.mark.parametrize("sender", SENDERS)
+def test_small_file_is_written_at_once(client: Client, written: list[bytes], sender: str) -> None:
+    """On a network file system each call is a round trip."""
+    assert SENDERS[sender](client, PROFILES).status_code == 200
+    assert written == [PROFILES]
+
+
+@pytest.mark.parametrize("sender", SENDERS)
+def test_large_file_is_written_in_pieces(client: Client, written: list[bytes], sender: str) -> None:
+    SENDERS[sender](client, bytes(1_000_000))
+    assert b"".join(written) == bytes(1_000_000)
+    assert max(map(len, written)) < 2 * BODY_CHUNK
 
 
 def test_no_room_is_507_before_anything_is_written(
