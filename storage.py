@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
+import turns
 from durable import (
     Descriptor,
     Folder,
@@ -159,7 +160,8 @@ class Storage:
         """Begin an upload and reserve its announced bytes; raises InsufficientStorage or StorageUnavailable."""
         if self._failure:
             raise StorageUnavailable(self._failure)
-        return self._incoming.new_upload(announced, self.max_file_size)
+        with turns.short_calls():
+            return self._incoming.new_upload(announced, self.max_file_size)
 
     def recover(self) -> None:
         """Delete the uploads of dead processes."""
@@ -203,7 +205,8 @@ class Storage:
     def _look(self, upload: Upload, name: str) -> _Found:
         """Return the file that has the name, if there is one, and the outcome that follows from its bytes."""
         try:
-            file = open_regular(name, os.O_RDONLY, self._data.open())
+            with turns.short_calls():
+                file = open_regular(name, os.O_RDONLY, self._data.open())
         except FileNotFoundError:
             return _Found("stored")
         except OSError as error:
@@ -248,7 +251,7 @@ class Storage:
             raise StorageUnavailable(self._failure)
         with os_errors():
             data = self._data.open()
-            with self._lock.hold(LOCK_TIMEOUT):
+            with self._lock.hold(LOCK_TIMEOUT), turns.short_calls():
                 results = [self._take_name(pending, data) for pending in batch]
             self._sync(data)
             self._data.open(check=True)  # Overwatch does not see the files of a folder that was moved away

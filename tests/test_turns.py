@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gunicorn.config import Config
@@ -123,6 +124,57 @@ def test_fsync_of_an_upload_gives_up_the_turn(
     with storage.new_upload() as upload:
         monkeypatch.setattr("os.fsync", lambda fd: pool.submit(take_turn).result(30))
         upload.sync()
+
+
+@pytest.mark.usefixtures("patience")
+def test_short_calls_keep_the_turn_until_they_take_long(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "_call_seconds", 0.0)
+    turns.begin()
+    with turns.short_calls():
+        assert turns._thread.has_turn
+        time.sleep(0.05)
+    with turns.short_calls():
+        pool.submit(take_turn).result(30)
+    assert turns._thread.has_turn
+    for _ in range(100):
+        with turns.short_calls():
+            pass
+    with turns.short_calls():
+        assert turns._thread.has_turn
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [
+        ("open", lambda _, flags, *__: flags & os.O_EXCL),
+        ("open", lambda name, *_: name == "second"),
+        ("rename", lambda *_: True),
+    ],
+    ids=["begin", "compare", "commit"],
+)
+def test_slow_file_system_holds_up_no_thread(
+    pool: ThreadPoolExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, when: Callable[..., bool]
+) -> None:
+    storage = Storage(folder, list, max_file_size=100, min_free_space=0, max_rejected=0)
+    with storage.new_upload() as upload:
+        storage.commit(upload, "first", str)  # makes the folders
+    got: list[float] = []
+    genuine = getattr(os, call)
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        if when(*arguments):
+            got.append(pool.submit(take_turn).result(30))
+        return genuine(*arguments, **more)
+
+    monkeypatch.setattr(os, call, slow)
+    monkeypatch.setattr(turns, "_call_seconds", 1.0)
+    turns.begin()
+    with storage.new_upload() as upload:
+        storage.commit(upload, "second", str)
+    assert len(got) == 1
 
 
 def a_slot(_: Path, gate: threading.Event) -> list[Callable[[], object]]:
