@@ -320,15 +320,10 @@ class GroupCommit(Generic[Item, Result]):
         """Return the result of an item, or raise its exception."""
         mine = _Waiting[Item, Result](item)
         self._waiting.append(mine)
-        with turns.waiting():
-            self._lock.acquire()
-            if mine.done:  # it was in the batch of another thread
-                self._lock.release()
-        if not mine.done:
-            try:
+        with turns.waiting() as wait, self._lock:
+            if not mine.done:  # else it was in the batch of another thread
+                wait.resume()
                 self._commit_all([self._waiting.popleft() for _ in range(len(self._waiting))])
-            finally:
-                self._lock.release()
         outcome = mine.outcome
         if isinstance(outcome, Exception):
             try:

@@ -134,13 +134,10 @@ class ReceiptLog:
         self._count = 0  # of receipts, so that ids of one batch are in order
 
     def append(self, batch: Sequence[Receipt]) -> list[Receipt | StorageError]:
-        """Append receipts to this process's logs of their runs, fsynced unless all of a run are rejections; return each, or its error."""
-        with turns.waiting():
-            self._lock.acquire()
-        try:
+        """Append receipts to this process's logs of their runs; return each, or its error. Receipts of accepted uploads are fsynced."""
+        with turns.waiting() as wait, self._lock:
+            wait.resume()
             return self._append(batch)
-        finally:
-            self._lock.release()
 
     def _append(self, batch: Sequence[Receipt]) -> list[Receipt | StorageError]:
         received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

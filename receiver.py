@@ -281,7 +281,7 @@ class Receiver:
         return json_response(content if receipt.outcome == "stored" else content | {receipt.outcome: True})
 
     def record(self, batch: Sequence[Receipt]) -> Sequence[Receipt | StorageError]:
-        """Append the receipts of uploads that were committed together."""
+        """Append the receipts of uploads that were committed together, for the storage, which is made before the log."""
         return self.receipts.append(batch)
 
     def check(self, request: ReceiverRequest) -> Response:

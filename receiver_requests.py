@@ -245,7 +245,7 @@ def receive_form(request: ReceiverRequest, upload: Upload) -> None:
                 raise malformed("it has more than one part named `file`")
         elif isinstance(event, Data) and is_file:
             piece += event.data
-            if len(piece) > BODY_CHUNK // 2 or not event.more_data:  # so a small file is written at once
+            if len(piece) > BODY_CHUNK // 2 or not event.more_data:  # a small file is written in one call
                 upload.write(piece)
                 piece = b""
         elif isinstance(event, Data):

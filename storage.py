@@ -63,8 +63,8 @@ _HEALTH_AGE = 1.0  # seconds for which an answer about health is good
 _NOT_REGULAR = {errno.ELOOP, errno.ENXIO}  # errors of open_regular
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.EACCES}
 
-Receipt = TypeVar("Receipt")
-Record = Callable[[Sequence[Any]], Sequence[Any]]  # appends receipts, and returns each or the exception that it met
+_Receipt = TypeVar("_Receipt")  # whatever the caller makes for an upload
+Recorder = Callable[[Sequence[Any]], Sequence[Any]]  # appends receipts to the log, and returns each or its exception
 
 _NAME = re.compile(r"(?P<agent>[A-Za-z0-9-]{1,64})histos_(?P<run>[0-9]{1,10})_DQM_[0-9]{4}(?:_[0-9]{2}){5}\.root")
 
@@ -120,7 +120,7 @@ class Storage:
     """A data folder that several processes and hosts may use at once."""
 
     def __init__(
-        self, folder: Path, record: Record, *, max_file_size: int, min_free_space: int, max_rejected: int
+        self, folder: Path, record: Recorder, *, max_file_size: int, min_free_space: int, max_rejected: int
     ) -> None:
         self.folder = folder.absolute()
         self._record = record
@@ -175,7 +175,7 @@ class Storage:
 
     # --- steps 2 to 4: compare, commit and record ----------------------------------------------------------------------
 
-    def commit(self, upload: Upload, name: str, make_receipt: Callable[[str], Receipt]) -> Receipt:
+    def commit(self, upload: Upload, name: str, make_receipt: Callable[[str], _Receipt]) -> _Receipt:
         """Give an upload its name, record it, and return its receipt, made for the outcome: "stored", "duplicate" or "replaced".
 
         InsufficientStorage means that nothing visible has changed. StorageUnavailable means that the file may have its name.
@@ -184,6 +184,7 @@ class Storage:
         for _ in range(_MAX_TRIES):
             with os_errors():
                 found = self._compare(upload, name)
+            # Without a receipt, the name has changed, or the batch was interrupted before it began.
             if found and (receipt := self._commits(_Pending(upload, name, found, make_receipt))):
                 return receipt  # type: ignore[no-any-return]
         raise StorageUnavailable(f"The name {name} changed {_MAX_TRIES} times while it was compared")
@@ -251,7 +252,7 @@ class Storage:
             raise StorageUnavailable(self._failure)
         with os_errors():
             data = self._data.open()
-            with self._lock.hold(LOCK_TIMEOUT), turns.short_calls():
+            with turns.short_calls(), self._lock.hold(LOCK_TIMEOUT):
                 results = [self._take_name(pending, data) for pending in batch]
             self._sync(data)
             self._data.open(check=True)  # Overwatch does not see the files of a folder that was moved away

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Self
 
 MAX_WAIT = 0.1  # seconds
-SLOW_CALL = 0.0005  # seconds: more than a local file system takes, less than a round trip of a network file system
+SLOW_CALL = 0.0002  # seconds: more than a local file system takes, less than a round trip in a network
 
 _turn = threading.Lock()
-_call_seconds = 0.0  # moving average of the time of short calls
+_least_seconds = 0.00001  # that short calls have taken of late
 
 
 class _Thread(threading.local):
@@ -43,25 +44,30 @@ def end() -> None:
 class waiting:
     """A context manager around a call that waits: the thread gives up the turn, and takes it again afterwards."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._had_turn = _thread.has_turn
         end()
+        return self
 
-    def __exit__(self, *_: object) -> None:
+    def resume(self) -> None:
+        """Take the turn again before the end."""
         if self._had_turn:
             begin()
 
+    def __exit__(self, *_: object) -> None:
+        self.resume()
+
 
 class short_calls(waiting):
-    """A context manager around short calls to the data folder: the turn is given up if they have taken longer than SLOW_CALL."""
+    """A context manager around short calls to the data folder: the turn is given up where even the quickest are slow."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._had_turn = False
-        if _call_seconds > SLOW_CALL:
-            super().__enter__()
         self._began = time.monotonic()
+        return super().__enter__() if _least_seconds > SLOW_CALL else self
 
     def __exit__(self, *_: object) -> None:
-        global _call_seconds
-        _call_seconds += (time.monotonic() - self._began - _call_seconds) / 8
+        global _least_seconds
+        # The least of late, because a local file system, too, makes a thread wait at times.
+        _least_seconds = min(time.monotonic() - self._began, 1.2 * _least_seconds)
         super().__exit__()

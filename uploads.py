@@ -1,4 +1,4 @@
-"""Uploads in progress: step 1 of the commit (storage.py), the folder `.incoming/`, and its crash recovery."""
+"""Uploads in progress: step 1 of the commit (storage.py), the folder `.incoming/` and its crash recovery; and the quarantine."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -81,7 +82,8 @@ def measure(options: common.Options, path: Path) -> dict[str, list[common.Load]]
         for kind, server in servers.items():
             common.uploads(server, kind, path, 1, CONNECTIONS, warm_up=0)
         for number in range(options.rounds):
-            for kind in KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]:  # each comes after each other one
+            for kind in random.Random(number).sample(KINDS, len(KINDS)):
+                # In a random order, because nginx and disk leave the file system busy for the one that comes next.
                 os.sync()
                 if kind == "disk":
                     runs[kind].append(disk(options.folder, path, options.seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 import pytest
 from client import AUTH, GRAPHS, HEADERS, HISTOGRAMS, NAME, PROFILES, get, receipts, send
+from faults import failing
 from werkzeug.test import Client
 
 import receipt_pages
@@ -174,6 +176,16 @@ def test_run_is_touched_once_a_minute(log: ReceiptLog, folder: Path, monkeypatch
     monkeypatch.setattr(receipt_module, "_TOUCH_INTERVAL", 0.0)
     log.append([receipt()])
     assert run.stat().st_mtime > 0
+
+
+def test_rejection_without_a_receipt_is_answered_all_the_same(
+    client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    send(client)
+    monkeypatch.setattr(receipt_module, "write_all", failing(errno.EIO))
+    assert send(client, INVALID).status_code == 400
+    assert "could not be recorded" in caplog.text
+    assert [one["outcome"] for one in receipts(folder)] == ["stored"]
 
 
 @pytest.mark.parametrize("gone", [".receipts", ".receipts/123"])

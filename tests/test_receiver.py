@@ -746,7 +746,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 @pytest.mark.parametrize("sender", SENDERS)
-def test_small_file_is_written_at_once(client: Client, written: list[bytes], sender: str) -> None:
+def test_small_file_is_written_in_one_call(client: Client, written: list[bytes], sender: str) -> None:
     """On a network file system each call is a round trip."""
     assert SENDERS[sender](client, PROFILES).status_code == 200
     assert written == [PROFILES]

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from client import PROJECT, hidden, incoming, visible
+from client import PROJECT, hidden, incoming, visible, wait_until
 from faults import failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -447,6 +447,46 @@ def test_file_that_changes_in_place_is_compared_again(store: Storage, content: b
     store._commits = change_first  # type: ignore[assignment]
     assert commit(store, OLD) == "replaced"  # it was a duplicate when it was compared
     assert visible(store.folder) == {NAME: OLD}
+
+
+def test_name_that_changes_all_the_time_is_503(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Any] = []
+    monkeypatch.setattr(store, "_commits", tries.append)  # None: the name has changed
+    with pytest.raises(StorageUnavailable, match="changed 30 times"):
+        commit(store, NEW)
+    assert len(tries) == 30
+    assert visible(store.folder) == {}
+
+
+def test_each_upload_of_a_batch_gets_its_own_receipt(store: Storage, folder: Path) -> None:
+    for name in ("same", "other"):
+        commit(store, OLD, name)
+    recorded = []
+
+    def record(receipts: Sequence[str]) -> list[str | StorageUnavailable]:
+        recorded.append(sorted(receipts))
+        return [StorageUnavailable("no log") if "lost" in receipt else receipt for receipt in receipts]
+
+    store._record = record
+
+    def send(name: str, data: bytes) -> str:
+        with begin(store, data) as upload:
+            try:
+                return store.commit(upload, name, lambda outcome: f"{name} is {outcome}")
+            except StorageUnavailable as error:
+                return str(error)
+
+    contents = {"new": NEW, "same": OLD, "lost": NEW, "other": NEW, "newer": NEW}
+    with ThreadPoolExecutor() as pool:
+        with store._commits._lock:
+            sent = [pool.submit(send, *item) for item in contents.items()]
+            wait_until(lambda: len(store._commits._waiting) == len(sent), 30)
+        results = [one.result() for one in sent]
+    assert results == ["new is stored", "same is duplicate", "no log", "other is replaced", "newer is stored"]
+    assert recorded == [
+        ["lost is stored", "new is stored", "newer is stored", "other is replaced", "same is duplicate"]
+    ]
+    assert visible(folder) == contents
 
 
 def make_device(path: Path) -> None:
