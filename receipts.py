@@ -140,6 +140,7 @@ class ReceiptLog:
             return self._append(batch)
 
     def _append(self, batch: Sequence[Receipt]) -> list[Receipt | StorageError]:
+        """Append receipts with one write and at most one fsync for each run."""
         received_at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         if received_at < self._received_at:  # the clock was set back, and readers rely on the order of a log's lines
             self._logs.clear()

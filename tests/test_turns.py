@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client import wait_until
 from gunicorn.config import Config
 
 import turns
@@ -186,6 +187,39 @@ def test_slow_file_system_holds_up_no_thread(
     with storage.new_upload() as upload:
         storage.commit(upload, "second", str)
     assert len(got) == 1
+
+
+@pytest.mark.usefixtures("patience")
+def test_lock_is_free_while_a_thread_waits_for_its_turn(
+    pool: ThreadPoolExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(folder, list, max_file_size=100, min_free_space=0, max_rejected=0)
+    monkeypatch.setattr(turns, "SLOW_CALL", -1.0)
+    gate, rename = Gate(), os.rename
+
+    def keep_the_turn() -> None:
+        turns.begin()
+        gate.pass_through()
+        turns.end()
+
+    def slow(*arguments: Any, **more: Any) -> None:
+        pool.submit(keep_the_turn)
+        assert gate.is_reached.wait(30)
+        rename(*arguments, **more)
+
+    def send() -> None:
+        turns.begin()
+        with storage.new_upload() as upload:
+            storage.commit(upload, "name", str)
+        turns.end()
+
+    monkeypatch.setattr(os, "rename", slow)
+    sending = pool.submit(send)
+    wait_until((folder / "name").exists, 30)
+    with FolderLock(Folder(str(folder))).hold(10):
+        assert not sending.done()
+    gate.is_open.set()
+    sending.result(30)
 
 
 class Gate:
